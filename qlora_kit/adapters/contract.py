@@ -1,0 +1,222 @@
+"""The contract of an adapter, ``qlora_kit.json``: what it was trained on, and what another base would do to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.adapters.contract_file import (
+    CONTRACT_FILE,
+    FORMAT_VERSION,
+    NF4_CODES,
+    read_contract_json,
+    write_contract_json,
+)
+from qlora_kit.errors import AdapterError, Fault
+
+_QUANTIZATION_KEYS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """The base model that an adapter was trained on: its id or folder, its hub revision, its ``base_fingerprint``."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One data file that an adapter was trained or validated on.
+
+    Attributes:
+        split: ``train``, ``validation`` or ``test``.
+        name: The file's name, without its folder.
+        sha256: Of its bytes.
+        rows: How many rows it holds.
+    """
+
+    split: str
+    name: str
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What was measured of the base at hand; None (and a key left out) means not measured, and is not compared.
+
+    Attributes:
+        id: Its id or folder.
+        revision: Its hub revision.
+        fingerprint: Its ``base_fingerprint``.
+        chat_template_sha256: Of what its chat template renders for the probe conversations.
+        stop_token_ids: The tokens that end an answer.
+        quantization: As in ``AdapterContract.quantization``.
+    """
+
+    id: str
+    revision: str | None = None
+    fingerprint: str | None = None
+    chat_template_sha256: str | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    quantization: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class AdapterContract:
+    """Everything that must hold for an adapter to do what it was trained to do.
+
+    Attributes:
+        base: The base model.
+        quantization: ``load_in_4bit``, ``bnb_4bit_quant_type``, ``bnb_4bit_use_double_quant`` and, optionally,
+            ``nf4_codes``: tensor name to a hex sample of its 4-bit codes.
+        chat_template_sha256: Of what the chat template renders for probe conversations; None without template.
+        system_prompt: Trained with it; a request's own wins.
+        stop_token_ids: The tokens that end an answer.
+        generation: Generation defaults by their ``GenerationConfig`` names (``max_new_tokens``, ...).
+        task: Its task's name.
+        metric_names: The task's metrics.
+        data: The files it was trained on.
+        config_sha256: Of the resolved run configuration.
+        versions: Library name to version.
+        metrics: What it scored.
+        created: When, as ISO 8601.
+        kit_version: Of qlora_kit.
+        name: Its name in a store, if it has one.
+    """
+
+    base: BaseIdentity
+    quantization: Mapping[str, Any]
+    chat_template_sha256: str | None
+    system_prompt: str | None
+    stop_token_ids: tuple[int, ...]
+    generation: Mapping[str, Any]
+    task: str
+    metric_names: tuple[str, ...]
+    data: tuple[DataFile, ...]
+    config_sha256: str
+    versions: Mapping[str, str]
+    created: str
+    kit_version: str
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    name: str | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> AdapterContract:
+        """Read the contract ``path``, or the one in the adapter folder ``path``. Keys it does not know are left alone.
+
+        Raises:
+            AdapterError: No file, no sound JSON, a newer format, or keys that are missing or of another type.
+        """
+        content = read_contract_json(path / CONTRACT_FILE if path.is_dir() else path)
+        values = {item.name: content[item.name] for item in fields(cls) if item.name in content}
+        values["base"] = BaseIdentity(**{item.name: content["base"][item.name] for item in fields(BaseIdentity)})
+        values["data"] = tuple(
+            DataFile(**{item.name: row[item.name] for item in fields(DataFile)}) for row in content["data"]
+        )
+        values["stop_token_ids"] = tuple(content["stop_token_ids"])
+        values["metric_names"] = tuple(content["metric_names"])
+        return cls(**values)
+
+    def save(self, path: Path) -> Path:
+        """Write the contract to ``path``, or into the adapter folder ``path``, atomically; returns the file's path.
+
+        Raises:
+            AdapterError: A value is not finite or has no place in JSON.
+            OutputError: The file cannot be written.
+        """
+        path = path / CONTRACT_FILE if path.is_dir() else path
+        write_contract_json(path, {"format_version": FORMAT_VERSION, **asdict(self)})
+        return path
+
+    def mismatches(self, base: BaseFacts) -> list[Fault]:
+        """What of ``base`` is not as it was in training, with its effect and the way on.
+
+        Equal weights excuse another id or revision: a model may lie in more than one place.
+        """
+        return [
+            *self._weight_faults(base),
+            *self._quantization_faults(base.quantization),
+            *self._conversation_faults(base),
+        ]
+
+    def require_match(self, base: BaseFacts) -> None:
+        """Refuse a base that would not give the trained behaviour.
+
+        Raises:
+            AdapterError: With every mismatch.
+        """
+        faults = self.mismatches(base)
+        if faults:
+            raise AdapterError.of(faults)
+
+    def _weight_faults(self, base: BaseFacts) -> list[Fault]:
+        comparable = base.fingerprint is not None and _kind(base.fingerprint) == _kind(self.base.fingerprint)
+        if comparable and base.fingerprint == self.base.fingerprint:
+            return []
+        revision = "" if self.base.revision is None else f" --revision {self.base.revision}"
+        fix = f"load the adapter on its own base: --base {self.base.id}{revision}; or train an adapter for this base"
+        effect = "the adapter corrects weights that are not these: answers become wrong without any error"
+        faults = []
+        if base.id != self.base.id:
+            what = f"base: the adapter was trained on {self.base.id}, not on {base.id}; {effect}"
+            faults.append(Fault(what, f"the base {self.base.id}", fix))
+        if None not in (base.revision, self.base.revision) and base.revision != self.base.revision:
+            what = f"base revision: trained on {self.base.revision}, at hand is {base.revision}; {effect}"
+            faults.append(Fault(what, f"revision {self.base.revision}", fix))
+        if comparable:
+            what = f"base weights: the fingerprint at hand is {base.fingerprint}; {effect}"
+            faults.append(Fault(what, f"the fingerprint {self.base.fingerprint}", fix))
+        return faults
+
+    def _quantization_faults(self, at_hand: Mapping[str, Any] | None) -> list[Fault]:
+        if at_hand is None:
+            return []
+        effect = "the adapter learned to correct another rounding of the weights: answers drift from what was evaluated"
+        four_bit = self.quantization.get("load_in_4bit") and at_hand.get("load_in_4bit", True)
+        faults = []
+        for key in _QUANTIZATION_KEYS if four_bit else _QUANTIZATION_KEYS[:1]:
+            if key in self.quantization and key in at_hand and self.quantization[key] != at_hand[key]:
+                trained = f"{key}: {json.dumps(self.quantization[key])}"
+                what = f"quantization: trained with {trained}, at hand is {json.dumps(at_hand[key])}; {effect}"
+                faults.append(Fault(what, trained, f"load the base with quantization.{trained}"))
+        trained_codes, codes = self.quantization.get(NF4_CODES) or {}, at_hand.get(NF4_CODES) or {}
+        different = sorted(name for name in trained_codes.keys() & codes.keys() if trained_codes[name] != codes[name])
+        if different:
+            count = f"{len(different)} of {len(trained_codes)}"
+            what = f"NF4 codes: {count} sampled tensors differ, the first is {different[0]!r}; {effect}"
+            fix = (
+                "use the library versions of the contract to quantize, or load the base that was quantized for training"
+            )
+            faults.append(Fault(what, "the 4-bit codes of training", fix))
+        return faults
+
+    def _conversation_faults(self, base: BaseFacts) -> list[Fault]:
+        faults = []
+        template = base.chat_template_sha256
+        if template is not None and template != self.chat_template_sha256:
+            what = (
+                f"chat template: the base renders conversations otherwise (hash {template}) than in training; "
+                "the adapter sees prompts of a form it never saw, and answers get worse"
+            )
+            fix = "use the tokenizer files that training wrote beside the adapter, or the base's revision of training"
+            faults.append(Fault(what, f"the template hash {self.chat_template_sha256}", fix))
+        if base.stop_token_ids is not None and set(base.stop_token_ids) != set(self.stop_token_ids):
+            trained = sorted(set(self.stop_token_ids))
+            what = (
+                f"stop tokens: trained to end with {trained}, the base stops at {sorted(set(base.stop_token_ids))}; "
+                "answers run on past their end, or end too early"
+            )
+            faults.append(
+                Fault(what, f"stop token ids {trained}", f"set eos_token_id to {trained} in generation_config.json")
+            )
+        return faults
+
+
+def _kind(fingerprint: str) -> str:
+    return fingerprint.partition(":")[0]

@@ -1,0 +1,313 @@
+"""Reads PEFT's ``adapter_config.json`` strictly: only settings whose effect the kit knows, each in its bounds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.errors import AdapterError, Fault
+from qlora_kit.safetensors_header import shown
+from qlora_kit.strict_json import read_json_object
+
+MAX_CONFIG_BYTES = 4_000_000
+MAX_RANK = 1024
+MAX_PATTERN_CHARACTERS = 1000
+_BIASES = ("none", "all", "lora_only")
+# Other initialisations (PiSSA, OLoRA, LoftQ, CorDA, ...) run again when PEFT loads the adapter, and
+# rewrite the base's weights.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Keys without effect on a loaded adapter; any value will do.
+_INERT_KEYS: tuple[str, ...] = (
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "lora_dropout",
+    "corda_config",
+)
+_INERT_KEYS += (
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+)
+_OFF: tuple[Any, ...] = (None, False, {}, [])
+_MAX_REPEATS = 5
+_MAX_MATCHED_CHARACTERS = 128
+_FIX = "get the adapter from its author again, or train it with settings of this list"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What an ``adapter_config.json`` declares; the names are PEFT's own.
+
+    Attributes:
+        r: Rank of every pair that ``rank_pattern`` does not name.
+        lora_alpha: Scale numerator of every pair that ``alpha_pattern`` does not name.
+        target_modules: Module names or endings, or one regular expression.
+        base_model_name_or_path: As the file says; nothing is looked up there.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Mapping[str, tuple[int, ...]]
+    bias: str
+    use_rslora: bool
+    use_dora: bool
+    base_model_name_or_path: str | None
+
+    def targets(self, module: str) -> bool:
+        """Whether ``module`` (``model.layers.0.self_attn.q_proj``) is adapted: PEFT's own rules."""
+        if self.saves_module(module) or _names(self.exclude_modules, module):
+            return False
+        if not _names(self.target_modules, module):
+            return False
+        by_ending = not isinstance(self.target_modules, str) and module not in self.target_modules
+        return (
+            not by_ending
+            or self.layers_to_transform is None
+            or _layer(self.layers_pattern, module) in self.layers_to_transform
+        )
+
+    def rank_of(self, module: str) -> int:
+        """The rank of ``module``'s pair."""
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        """The ``lora_alpha`` of ``module``'s pair."""
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
+    def scaling_of(self, module: str) -> float:
+        """The factor before B·A: alpha/r, or alpha/√r for rsLoRA (https://arxiv.org/abs/2312.03732)."""
+        r = self.rank_of(module)
+        return self.alpha_of(module) / (math.sqrt(r) if self.use_rslora else r)
+
+    def saves_module(self, name: str) -> bool:
+        """Whether ``name``, of a module or of a tensor in it, belongs to ``modules_to_save``."""
+        return any(f".{module}." in f".{name}." for module in self.modules_to_save)
+
+    def declares_bias(self, tensor: str) -> bool:
+        """Whether ``tensor`` is a bias of the base that ``bias`` says was trained."""
+        if not tensor.endswith(".bias"):
+            return False
+        module = tensor.removesuffix(".bias")
+        if module.endswith(".base_layer"):
+            return self.bias != "none" and self.targets(module.removesuffix(".base_layer"))
+        return self.bias == "all" and "lora_" not in module
+
+    def adapts_tokens(self, module: str, shape: tuple[int, ...]) -> bool:
+        """Whether ``trainable_token_indices`` declares rows of ``module``, as many as ``shape`` has."""
+        counts = [
+            len(rows)
+            for key, rows in self.trainable_token_indices.items()
+            if module == key or module.endswith(f".{key}")
+        ]
+        return len(shape) == 2 and shape[0] in counts
+
+
+def read_lora_settings(path: Path) -> LoraSettings:
+    """Read ``path``, an ``adapter_config.json``.
+
+    Raises:
+        AdapterError: With every fault: no LoRA, a setting out of its bounds, or one whose effect the kit does not know.
+    """
+    fix = "give the folder that training wrote, or download the whole adapter"
+    content = read_json_object(path, max_bytes=MAX_CONFIG_BYTES, error=AdapterError, fix=fix)
+    if content.get("peft_type") != "LORA":
+        what = f"{path}: peft_type is {shown(str(content.get('peft_type')))}"
+        raise AdapterError(what, expected="LORA: this kit loads LoRA adapters only", fix="use a LoRA adapter")
+    faults = [
+        Fault(f"{path}: {key} is {shown(str(content.get(key)))}", expected, _FIX)
+        for key, (expected, accepts) in _KINDS.items()
+        if not accepts(content.get(key))
+    ]
+    for key in sorted(content.keys() - _KINDS.keys() - {"peft_type", *_INERT_KEYS}):
+        if content[key] not in _OFF:
+            what = f"{path}: {shown(key)} is set to {shown(str(content[key]))}"
+            faults.append(Fault(what, f"only settings that the kit knows: {', '.join(sorted(_KINDS))}", _FIX))
+    if faults:
+        raise AdapterError.of(faults)
+    return _settings(content)
+
+
+def _settings(content: Mapping[str, Any]) -> LoraSettings:
+    tokens = content.get("trainable_token_indices") or {}
+    base = content.get("base_model_name_or_path")
+    return LoraSettings(
+        r=content["r"],
+        lora_alpha=content["lora_alpha"],
+        target_modules=_text_or_tuple(content["target_modules"]),
+        exclude_modules=_text_or_tuple(content.get("exclude_modules")),
+        layers_to_transform=_numbers(content.get("layers_to_transform")),
+        layers_pattern=_as_tuple(content.get("layers_pattern")),
+        rank_pattern=content.get("rank_pattern") or {},
+        alpha_pattern=content.get("alpha_pattern") or {},
+        modules_to_save=_as_tuple(content.get("modules_to_save")),
+        trainable_token_indices={
+            key: tuple(rows) for key, rows in (tokens if isinstance(tokens, dict) else {"embed_tokens": tokens}).items()
+        },
+        bias=content.get("bias") or "none",
+        use_rslora=bool(content.get("use_rslora")),
+        use_dora=bool(content.get("use_dora")),
+        base_model_name_or_path=base if isinstance(base, str) else None,
+    )
+
+
+def _names(modules: tuple[str, ...] | str, module: str) -> bool:
+    if modules == "all-linear":
+        return module.rpartition(".")[2] != "lm_head"
+    if isinstance(modules, str):
+        return len(module) <= _MAX_MATCHED_CHARACTERS and re.fullmatch(modules, module) is not None
+    if module in modules:
+        return True
+    return any(module.endswith(f".{ending}") for ending in modules)
+
+
+def _layer(patterns: tuple[str, ...], module: str) -> int | None:
+    for pattern in patterns or (r"[^.]*",):
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", module)
+        if match is not None:
+            return int(match["index"])
+    return None
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    if len(module) > _MAX_MATCHED_CHARACTERS:
+        return default
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _text_or_tuple(value: Any) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) else _as_tuple(value)
+
+
+def _as_tuple(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _numbers(value: Any) -> tuple[int, ...] | None:
+    if value is None or value == []:
+        return None
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1e6
+
+
+def _is_pattern(value: Any) -> bool:
+    """A regular expression that compiles and, with no repeated group, cannot take exponential time on a module name."""
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_PATTERN_CHARACTERS:
+        return False
+    if re.search(r"\)[*+{]", value) or len(re.findall(r"[*+{]", value)) > _MAX_REPEATS:
+        return False
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,256}", value) is not None
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_name(item) for item in value)
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_index(item) for item in value)
+
+
+def _is_auto_mapping(value: Any) -> bool:
+    """PEFT imports the module named here; transformers' own are what it writes itself."""
+    return value is None or (
+        isinstance(value, dict) and str(value.get("parent_library")).startswith("transformers.models.")
+    )
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
+
+
+_Kind = tuple[str, Callable[[Any], bool]]
+_KINDS: dict[str, _Kind] = {
+    "task_type": ("CAUSAL_LM or null", lambda value: value in (None, "CAUSAL_LM")),
+    "auto_mapping": ("null, or a class of transformers", _is_auto_mapping),
+    "r": (f"a whole number from 1 to {MAX_RANK}", _is_rank),
+    "lora_alpha": ("a number above 0, at most a million", _is_alpha),
+    "target_modules": (
+        "a list of module names, or one short regular expression without repeated groups",
+        lambda value: (_is_names(value) and bool(value)) or _is_pattern(value),
+    ),
+    "exclude_modules": (
+        "null, a list of module names, or one short regular expression without repeated groups",
+        lambda value: value is None or _is_names(value) or _is_pattern(value),
+    ),
+    "layers_to_transform": (
+        "null, a layer number, or a list of them",
+        lambda value: value is None or _is_index(value) or _is_indices(value),
+    ),
+    "layers_pattern": (
+        "null, a module name, or a list of them",
+        lambda value: value in (None, "") or _is_name(value) or _is_names(value),
+    ),
+    "rank_pattern": (
+        f"an object of module patterns to ranks from 1 to {MAX_RANK}",
+        lambda value: (
+            value is None
+            or (isinstance(value, dict) and all(_is_pattern(key) and _is_rank(rank) for key, rank in value.items()))
+        ),
+    ),
+    "alpha_pattern": (
+        "an object of module patterns to numbers above 0",
+        lambda value: (
+            value is None
+            or (isinstance(value, dict) and all(_is_pattern(key) and _is_alpha(alpha) for key, alpha in value.items()))
+        ),
+    ),
+    "modules_to_save": ("null or a list of module names", lambda value: value is None or _is_names(value)),
+    "trainable_token_indices": (
+        "null, a list of token ids, or an object of module names to such lists",
+        lambda value: (
+            value is None
+            or _is_indices(value)
+            or (isinstance(value, dict) and all(_is_name(key) and _is_indices(rows) for key, rows in value.items()))
+        ),
+    ),
+    "bias": (
+        f"one of {', '.join(_BIASES)}",
+        lambda value: value is None or (isinstance(value, str) and value in _BIASES),
+    ),
+    "use_rslora": ("true or false", _is_flag),
+    "use_dora": ("true or false", _is_flag),
+    "init_lora_weights": (
+        "true, false, gaussian, eva or orthogonal: other initialisations rewrite the base when the adapter is loaded",
+        lambda value: not isinstance(value, list | dict) and value in _INITIALISATIONS,
+    ),
+}

@@ -1,0 +1,338 @@
+"""The adapter store: a folder of adapter folders, published whole through the gate, listed without reading weights."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.adapters.contract import AdapterContract
+from qlora_kit.adapters.contract_file import CONTRACT_FILE, read_contract_json, write_contract_json
+from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter_folder, require_regular_file
+from qlora_kit.adapters.lora_settings import read_lora_settings
+from qlora_kit.atomic import atomic_directory, discard_directory, moved_aside_names, recover_leftovers
+from qlora_kit.errors import AdapterError, Fault, OutputError
+from qlora_kit.safetensors_header import shown
+
+RUN_CONFIG_FILE = "config.yaml"
+CARD_FILE = "README.md"
+MAX_TEXT_BYTES = 16_000_000
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_LOCK_FILE = ".lock"
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """One adapter as a list shows it.
+
+    Attributes:
+        name: Its folder's name.
+        task: Its task, None without contract.
+        base_model: The base it was trained on, as far as its files say.
+        r: Its rank.
+        bytes: Size of its files.
+        created: ISO 8601; without contract, when its weights were written.
+        path: Its folder.
+        metrics: What it scored, empty without contract.
+    """
+
+    name: str
+    task: str | None
+    base_model: str | None
+    r: int
+    bytes: int
+    created: str
+    path: Path
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterDetails:
+    """One adapter in full: its card, and its contract unless it is a plain PEFT adapter."""
+
+    card: AdapterCard
+    contract: AdapterContract | None
+
+
+@dataclass(frozen=True)
+class StoreListing:
+    """Every entry of a store: the adapters by name, and what is wrong with the entries that cannot be used."""
+
+    cards: tuple[AdapterCard, ...]
+    problems: tuple[Fault, ...]
+
+
+# `list` means the method inside the class.
+_Cards = list[AdapterCard]
+_Names = list[str]
+
+
+def check_name(name: str) -> str:
+    """Return ``name`` if it may name an adapter.
+
+    Raises:
+        AdapterError: It may not.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise AdapterError(
+            f"{shown(name)} cannot name an adapter",
+            expected="1 to 64 letters, digits, - and _, the first a letter or digit",
+            fix="choose such a name, for example sentiment-v2",
+        )
+    return name
+
+
+class AdapterStore:
+    """The adapters in the folder ``root``, which need not exist until the first one is added.
+
+    Changes are atomic and exclude each other across processes: a reader sees an adapter whole or not at all.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def scan(self) -> StoreListing:
+        """Every entry of the store, by name; an entry that cannot be read is a problem, never an exception."""
+        cards: list[AdapterCard] = []
+        problems: list[Fault] = []
+        for name in self._entries():
+            path = self.root / name
+            try:
+                check_name(name)
+                self._refuse_link(path)
+                cards.append(_card(path))
+            except AdapterError as error:
+                if os.path.lexists(path):  # else another process deleted it meanwhile
+                    problems.extend(error.faults)
+            except OSError as error:
+                fix = "make the folder readable, or delete it"
+                problems.append(Fault(f"{path}: cannot be read: {error.strerror}", "a readable adapter folder", fix))
+        return StoreListing(tuple(cards), tuple(problems))
+
+    def list(self) -> _Cards:
+        """The cards of all usable adapters, by name; ``problems`` tells of the others."""
+        return [*self.scan().cards]
+
+    @property
+    def problems(self) -> tuple[Fault, ...]:
+        """What is wrong with the entries that ``list`` leaves out."""
+        return self.scan().problems
+
+    def get(self, name_or_folder: str | Path) -> Path:
+        """The folder of an adapter, given by its name in the store or as a folder anywhere; the store's name wins.
+
+        Its files are not checked here: ``check_adapter_folder`` does it before a load.
+
+        Raises:
+            AdapterError: Neither is there; the nearest names are suggested.
+        """
+        text = str(name_or_folder)
+        if isinstance(name_or_folder, str) and _NAME.fullmatch(text):
+            path = self.root / text
+            if path.is_dir() or text in self._entries():
+                self._refuse_link(path)
+                return path
+        folder = Path(name_or_folder)
+        if text and folder.is_dir():
+            if (folder / CONFIG_FILE).is_file():
+                return folder.resolve()
+            what = f"{folder}: the folder holds no {CONFIG_FILE}"
+            raise AdapterError(what, expected="an adapter's folder", fix="give the folder that training wrote")
+        raise self._unknown(text)
+
+    def show(self, name_or_folder: str | Path) -> AdapterDetails:
+        """Card and contract of one adapter.
+
+        Raises:
+            AdapterError: It is not there, or its files cannot be read.
+        """
+        path = self.get(name_or_folder)
+        contract = AdapterContract.load(path) if os.path.lexists(path / CONTRACT_FILE) else None
+        return AdapterDetails(_card(path), contract)
+
+    def add(self, run_folder: Path, name: str | None = None, *, replace: bool = False) -> AdapterCard:
+        """Publish the adapter in ``run_folder``: copy its own files, check the copy, and only then let it appear.
+
+        Args:
+            run_folder: What training wrote, or any PEFT adapter folder; it stays as it is.
+            name: Its name in the store; the folder's name by default.
+            replace: Replace the adapter of that name.
+
+        Raises:
+            AdapterError: The adapter does not pass the gate, or the name is not allowed or taken.
+            OutputError: The store cannot be written to.
+        """
+        run_folder = Path(run_folder)
+        if not run_folder.is_dir():
+            raise self._unknown(str(run_folder))
+        name = check_name(run_folder.resolve().name if name is None else name)
+        check_adapter_folder(run_folder)
+        target = self.root / name
+        with self._locked():
+            self._refuse_collision(name, replace=replace)
+            if target.is_dir() and target.samefile(run_folder):
+                what = f"{run_folder}: is already the adapter {name!r} of this store"
+                raise AdapterError(
+                    what, expected="a folder outside, or another name", fix="give another name with --name"
+                )
+            with atomic_directory(target, overwrite=replace) as temporary:
+                _copy_own_files(run_folder, temporary)
+                _set_contract_name(temporary, name)
+                check_adapter_folder(temporary)  # the copy counts: the source may have changed meanwhile
+            return _card(target)
+
+    def rename(self, old: str, new: str) -> AdapterCard:
+        """Give the adapter ``old`` the name ``new``, in its contract too.
+
+        Raises:
+            AdapterError: ``old`` is not in the store, or ``new`` is not allowed or taken.
+            OutputError: The store cannot be written to.
+        """
+        check_name(new)
+        with self._locked():
+            path = self._existing(old)
+            self._refuse_collision(new, replace=False, besides=old)
+            target = self.root / new
+            if os.path.lexists(path / CONTRACT_FILE):
+                _set_contract_name(path, new)
+            try:
+                path.rename(target)
+            except OSError as error:
+                raise _not_writable(self.root, error) from error
+            return _card(target)
+
+    def delete(self, name: str) -> None:
+        """Delete the adapter ``name``.
+
+        Raises:
+            AdapterError: It is not in the store.
+            OutputError: The store cannot be written to.
+        """
+        with self._locked():
+            discard_directory(self._existing(name))
+
+    def _entries(self) -> _Names:
+        names = self._folder_names()
+        # An adapter is without its name only while a replacement is in progress, or was killed: wait, or finish it.
+        if moved_aside_names(names) and os.access(self.root, os.W_OK):
+            with self._locked():
+                names = self._folder_names()
+        return [name for name in names if not name.startswith(".")]
+
+    def _folder_names(self) -> _Names:
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir() or entry.is_symlink())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            what = f"{self.root}: the store cannot be read: {error.strerror}"
+            raise AdapterError(what, expected="a folder of adapters", fix="give another folder with --store") from error
+
+    def _existing(self, name: str) -> Path:
+        path = self.root / check_name(name)
+        if not path.is_dir() and not path.is_symlink():
+            raise self._unknown(name)
+        self._refuse_link(path)
+        return path
+
+    def _refuse_link(self, path: Path) -> None:
+        if path.is_symlink():
+            fix = "delete the link, and add the folder it points to with `qlora-kit adapters add`"
+            raise AdapterError(f"{path}: is a symbolic link", expected="a folder inside the store", fix=fix)
+
+    def _refuse_collision(self, name: str, *, replace: bool, besides: str | None = None) -> None:
+        for other in self._entries():
+            if other == name and not replace:
+                fix = "give another name, delete that adapter first, or (with `adapters add`) replace it by --replace"
+                raise AdapterError(f"{self.root / name}: the name is taken", expected="a new name", fix=fix)
+            if other != name and other != besides and other.casefold() == name.casefold():
+                what = f"{name!r} differs from the adapter {other!r} only in upper and lower case"
+                fix = f"give another name, or use {other!r} itself"
+                raise AdapterError(what, expected="names that stay apart on every file system", fix=fix)
+
+    def _unknown(self, name: str) -> AdapterError:
+        names = self._entries()
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        return AdapterError(
+            f"{shown(name)}: no adapter of this name in {self.root}, and no such folder",
+            expected=f"one of: {known}" if names else "a name in the store (it holds no adapters yet) or a folder",
+            fix=f"did you mean {' or '.join(near)}?" if near else "see `qlora-kit adapters list`",
+        )
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclude every other process that changes this store; clean up first what a killed one left."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise _not_writable(self.root, error) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            recover_leftovers(self.root)
+            yield
+        finally:
+            os.close(lock)
+
+
+def _card(path: Path) -> AdapterCard:
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        require_regular_file(path / name)
+    settings = read_lora_settings(path / CONFIG_FILE)
+    contract = None
+    if os.path.lexists(path / CONTRACT_FILE):
+        require_regular_file(path / CONTRACT_FILE)
+        contract = AdapterContract.load(path / CONTRACT_FILE)
+    written = datetime.fromtimestamp((path / WEIGHTS_FILE).stat().st_mtime, tz=UTC)
+    return AdapterCard(
+        name=path.name,
+        task=None if contract is None else contract.task,
+        base_model=settings.base_model_name_or_path if contract is None else contract.base.id,
+        r=settings.r,
+        bytes=sum((path / name).stat().st_size for name in _own_files(path)),
+        created=written.isoformat(timespec="seconds") if contract is None else contract.created,
+        path=path,
+        metrics={} if contract is None else contract.metrics,
+    )
+
+
+def _own_files(folder: Path) -> tuple[str, ...]:
+    optional = (CONTRACT_FILE, RUN_CONFIG_FILE, CARD_FILE)
+    return (WEIGHTS_FILE, CONFIG_FILE, *(name for name in optional if os.path.lexists(folder / name)))
+
+
+def _copy_own_files(source: Path, target: Path) -> None:
+    for name in _own_files(source):
+        require_regular_file(source / name)
+        too_large = name != WEIGHTS_FILE and (source / name).stat().st_size > MAX_TEXT_BYTES
+        if too_large:
+            what = f"{source / name}: the file is too large"
+            raise AdapterError(what, expected=f"at most {MAX_TEXT_BYTES} bytes", fix="shorten or delete the file")
+        shutil.copyfile(source / name, target / name, follow_symlinks=False)
+
+
+def _set_contract_name(folder: Path, name: str) -> None:
+    path = folder / CONTRACT_FILE
+    if not os.path.lexists(path):
+        return
+    content = read_contract_json(path)
+    if content.get("name") not in (None, name):
+        write_contract_json(path, {**content, "name": name})
+
+
+def _not_writable(root: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{root}: the store cannot be written: {error.strerror}",
+        expected="a folder that may be written to",
+        fix="give another folder with --store, or make this one writable",
+    )

@@ -1,0 +1,168 @@
+"""The sections of a config but ``train``: each key with its type, bounds, default and meaning, declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+
+from qlora_kit.formats import FORMATS
+from qlora_kit.metrics import METRICS
+from qlora_kit.tasks import template_fields
+from qlora_kit.train_section import SECTION, Names, as_names, wrong_value
+
+
+def _modules(value: object) -> str | tuple[str, ...]:
+    """PEFT's module choice: a text is ``all-linear`` or a pattern, a list holds names."""
+    if isinstance(value, str) and value:
+        return value
+    names = as_names(value)
+    if not names:
+        raise wrong_value("'all-linear', a pattern, or a list of module names")
+    return names
+
+
+def _template(value: object) -> object:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise wrong_value("a template in quotes, such as '{question}'")
+    try:
+        if template_fields(value):
+            return value
+    except ValueError as error:
+        raise wrong_value(f"a template of plain column names in braces ({error})") from error
+    raise wrong_value("a template that names at least one column in braces, such as '{question}'")
+
+
+def _data_format(value: str) -> str:
+    if value not in ("auto", *FORMATS):
+        raise wrong_value(f"one of auto, {', '.join(FORMATS)}", known=FORMATS)
+    return value
+
+
+def _files(value: object) -> tuple[str, ...]:
+    names = as_names(value)
+    if not names:
+        raise wrong_value("a file or a list of files")
+    return names
+
+
+def _metrics(value: object) -> tuple[str, ...]:
+    names = as_names(value)
+    if not names or not METRICS.keys() >= set(names):
+        raise wrong_value(f"one or more of {', '.join(METRICS)}", known=METRICS)
+    return names
+
+
+def _positive_values(value: dict[str, int]) -> dict[str, int]:
+    if any(number < 1 for number in value.values()):
+        raise wrong_value("whole numbers of at least 1")
+    return value
+
+
+Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
+Template = Annotated[str | None, BeforeValidator(_template)]
+Metrics = Annotated[tuple[str, ...], BeforeValidator(_metrics)]
+Pattern = Annotated[dict[str, int], AfterValidator(_positive_values)]
+
+
+class ModelSection(BaseModel):
+    """The base model."""
+
+    model_config = SECTION
+
+    base: str = Field(default="tiny", min_length=1)
+    """``tiny`` (embedded), a folder, or a Hub id."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub id."""
+
+
+class QuantizationSection(BaseModel):
+    """bitsandbytes' 4-bit quantization of the base while it is loaded."""
+
+    model_config = SECTION
+
+    load_in_4bit: bool = True
+    """False trains LoRA on the 16-bit base."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit codes; NF4 is QLoRA's."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantize the quantization constants too."""
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """``auto``: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU."""
+
+
+class LoraSection(BaseModel):
+    """PEFT's ``LoraConfig``."""
+
+    model_config = SECTION
+
+    r: int = Field(default=16, ge=1, le=1024)
+    """Rank of the adapter."""
+    lora_alpha: int = Field(default=32, ge=1)
+    """Scale: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before ``lora_A``."""
+    target_modules: Modules = "all-linear"
+    """``all-linear``, a pattern, or a list of module names."""
+    exclude_modules: Modules | None = None
+    """Modules left out of ``target_modules``."""
+    use_rslora: bool = False
+    """Rank-stabilised scale (Kalajdzievski 2023)."""
+    use_dora: bool = False
+    """Weight-decomposed adapters (Liu et al. 2024)."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """True: PEFT's own; ``gaussian``. Initialisations that change the 4-bit base are not offered."""
+    bias: Literal["none", "lora_only"] = "none"
+    """Which biases are trained."""
+    modules_to_save: Names = ()
+    """Modules trained and saved whole."""
+    rank_pattern: Pattern = {}
+    """Module pattern -> its own rank."""
+    alpha_pattern: Pattern = {}
+    """Module pattern -> its own alpha."""
+
+
+class DataSection(BaseModel):
+    """The data files and how they are read."""
+
+    model_config = SECTION
+
+    train: Annotated[tuple[str, ...], BeforeValidator(_files)]
+    """Training files: relative to the current folder, else to the YAML's."""
+    validation: Names = ()
+    """Files for the validation loss."""
+    test: Names = ()
+    """Files for ``qlora-kit eval``."""
+    format: Annotated[str, AfterValidator(_data_format)] = "auto"
+    """A name in ``formats.FORMATS``, or ``auto``: detected from all rows."""
+    system_prompt: str | None = None
+    """In place of the task's; an empty text for none."""
+    prompt: Template = None
+    """In place of the task's template of the user turn."""
+    completion: Template = None
+    """In place of the task's template of the answer."""
+    loss_on: Literal["all_assistant", "last"] = "all_assistant"
+    """Answers that are trained on: all, or the last of each conversation."""
+    on_error: Literal["stop", "drop"] = "stop"
+    """What to do with rows that cannot be used."""
+    overlength: Literal["stop", "drop", "truncate"] = "stop"
+    """What to do with rows longer than ``train.max_length``."""
+    allow_leakage: bool = False
+    """Go on although validation or test rows are in the training data."""
+
+
+class EvalSection(BaseModel):
+    """How ``qlora-kit eval`` scores."""
+
+    model_config = SECTION
+
+    batch_size: int = Field(default=16, ge=1)
+    """Prompts generated at once."""
+    max_new_tokens: Annotated[int, Field(ge=1)] | None = None
+    """In place of the task's limit of an answer, in tokens."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Score only so many rows."""
+    metrics: Metrics | None = None
+    """In place of the task's metrics."""

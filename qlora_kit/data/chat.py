@@ -1,0 +1,250 @@
+"""The one place where conversations become text and token ids: prompts for training, generation and serving alike.
+
+Text is cut at the edges of assistant turns and each piece is tokenised by itself, so no token straddles an edge: the
+ids of a prompt do not depend on the answer that follows, and an answer's ids are those that generation has to produce.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+from qlora_kit.errors import BaseModelError, DataError
+from qlora_kit.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Passed to every template, which ignores what it does not know. A prompt then never depends on the day it is rendered
+# (Llama 3.x), and a reasoning model's prompt ends with the empty thought that its plain answers are trained behind.
+TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+PROBE_ANSWER = "The answer"
+PROBES: tuple[tuple[bool, tuple[Message, ...]], ...] = (
+    (True, (Message("user", "Question?"),)),
+    (True, (Message("system", "Rules."), Message("user", "Question?"))),
+    (False, (Message("user", "Question?"), Message("assistant", PROBE_ANSWER))),
+    (False, (Message("system", "Rules."), Message("user", " Q\n"), Message("assistant", f"\n{PROBE_ANSWER} "))),
+    (True, (Message("user", "One?"), Message("assistant", "1"), Message("user", "Two?"))),
+    (False, (Message("user", "A"), Message("assistant", "1"), Message("user", "B"), Message("assistant", "2"))),
+)
+
+
+@dataclass(frozen=True)
+class TurnFormat:
+    """How a tokenizer's template ends an assistant turn, and how its text may be cut into pieces.
+
+    Attributes:
+        stop: The text of the token that ends an assistant turn (``<|im_end|>``).
+        stop_id: Its id.
+        anchor: A control token to tokenise each piece behind (and then to drop), for tokenizers that mark the start of
+            a text; empty where pieces need none.
+    """
+
+    stop: str
+    stop_id: int
+    anchor: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a rendered conversation; ``turn`` is the index of the message whose answer and stop token it is."""
+
+    text: str
+    turn: int | None = None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A rendered conversation in pieces.
+
+    Attributes:
+        pieces: Together they are the whole text.
+        missed: Assistant turns that are not pieces of their own, by message index, with the reason.
+    """
+
+    pieces: tuple[Piece, ...]
+    missed: dict[int, str]
+
+
+def render_texts(
+    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, *, for_generation: bool
+) -> list[str]:
+    """Renders conversations by the tokenizer's chat template.
+
+    Args:
+        conversations: Messages of each conversation.
+        tokenizer: A tokenizer with a chat template.
+        for_generation: Whether the text ends with the opening of an assistant turn.
+
+    Raises:
+        BaseModelError: The tokenizer has no chat template.
+        DataError: The template itself refuses a conversation (some take no system message).
+    """
+    import jinja2
+
+    if not conversations:
+        return []
+    if tokenizer.chat_template is None:
+        raise BaseModelError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template",
+            expected="a base model whose tokenizer carries one (an instruction-tuned model)",
+            fix="use the -Instruct variant of the base model",
+        )
+    plain = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
+    try:
+        return tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=for_generation, **TEMPLATE_ARGUMENTS
+        )
+    except jinja2.TemplateError as error:
+        raise DataError(
+            f"the chat template refuses a conversation: {error}",
+            expected="roles that the base model's template knows",
+            fix="leave out the system message or change the roles",
+        ) from error
+
+
+def render_prompts(conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each conversation followed by the opening of an assistant turn, without a second BOS."""
+    turn_format = read_turn_format(tokenizer)
+    texts = render_texts(conversations, tokenizer, for_generation=True)
+    cuts = cut_texts(texts, conversations, tokenizer, turn_format)
+    return [list(chain.from_iterable(pieces)) for pieces in tokenize_cuts(cuts, tokenizer, turn_format)]
+
+
+def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of ``messages`` followed by the opening of an assistant turn: the prompt as it was trained.
+
+    Raises:
+        BaseModelError: The tokenizer has no usable chat template.
+        DataError: The template refuses the conversation.
+    """
+    return render_prompts([messages], tokenizer)[0]
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids that end an assistant turn by the chat template, found on a probe conversation.
+
+    Raises:
+        BaseModelError: The template ends turns with nothing, or with plain text.
+    """
+    return (read_turn_format(tokenizer).stop_id,)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The strings that the tokenizer would turn into control tokens wherever they stand in a text."""
+    return tuple(sorted(token.content for token in tokenizer.added_tokens_decoder.values() if token.special))
+
+
+def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of what the template renders for fixed probe conversations; equal for templates that behave alike there."""
+    texts: list[str | None] = []
+    for for_generation, messages in PROBES:
+        try:
+            texts += render_texts([messages], tokenizer, for_generation=for_generation)
+        except DataError:
+            texts.append(None)
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def read_turn_format(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
+    """Finds the stop token, and how to cut text, by rendering and tokenising a probe conversation.
+
+    Raises:
+        BaseModelError: No control token ends an assistant turn, or text cannot be cut at the edges of turns.
+    """
+    messages = [Message("user", "Question?"), Message("assistant", PROBE_ANSWER)]
+    text = render_texts([messages], tokenizer, for_generation=False)[0]
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ending = text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].lstrip()
+    stops = [token for token in tokenizer.added_tokens_decoder.values() if ending.startswith(token.content)]
+    if not stops:
+        raise BaseModelError(
+            f"the chat template ends an assistant turn with {ending!r}",
+            expected="a control token of the tokenizer, so that generation can stop there",
+            fix="use the -Instruct variant of the base model, or one with another chat template",
+        )
+    stop = max((token.content for token in stops), key=len)
+    stop_id = tokenizer.convert_tokens_to_ids(stop)
+    for anchor in ("", stop):
+        turn_format = TurnFormat(stop, stop_id, anchor)
+        cuts = cut_texts([text], [messages], tokenizer, turn_format)
+        pieces = tokenize_cuts(cuts, tokenizer, turn_format)[0]
+        if not cuts[0].missed and list(chain.from_iterable(pieces)) == ids:
+            return turn_format
+    raise BaseModelError(
+        "the tokenizer merges the end of a prompt and the start of its answer into one token",
+        expected="a chat template whose prompts end on a token boundary",
+        fix="use another base model",
+    )
+
+
+def cut_texts(
+    texts: Sequence[str],
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    turn_format: TurnFormat,
+) -> list[Cut]:
+    """Cuts rendered conversations before each answer and behind its stop token.
+
+    An answer starts where the prompt before it ends, as the template renders that prompt for generation. A turn whose
+    prompt is not how the whole text starts (some templates rewrite earlier turns) stays uncut and is listed as missed.
+    """
+    turns = [(row, turn) for row, messages in enumerate(conversations) for turn in assistant_turns(messages) if turn]
+    prompts = render_texts([conversations[row][:turn] for row, turn in turns], tokenizer, for_generation=True)
+    prompt_of = dict(zip(turns, prompts, strict=True))
+    return [
+        _cut_text(
+            text, messages, {turn: prompt_of[row, turn] for turn in assistant_turns(messages) if turn}, turn_format
+        )
+        for row, (text, messages) in enumerate(zip(texts, conversations, strict=True))
+    ]
+
+
+def assistant_turns(messages: Sequence[Message]) -> list[int]:
+    """Indices of the assistant messages."""
+    return [index for index, message in enumerate(messages) if message.role == "assistant"]
+
+
+def _cut_text(text: str, messages: Sequence[Message], prompts: dict[int, str], turn_format: TurnFormat) -> Cut:
+    pieces: list[Piece] = []
+    missed = {0: "the conversation starts with the answer"} if messages[0].role == "assistant" else {}
+    position = 0
+    for turn, prompt in prompts.items():
+        if not text.startswith(prompt):
+            missed[turn] = "the chat template renders the turns before this answer differently once it follows"
+            continue
+        end = _answer_end(text, len(prompt), messages[turn].content, turn_format.stop)
+        if end is None:
+            missed[turn] = "the chat template changes the answer's text"
+            continue
+        pieces += [Piece(text[position : len(prompt)]), Piece(text[len(prompt) : end], turn)]
+        position = end
+    pieces.append(Piece(text[position:]))
+    return Cut(tuple(piece for piece in pieces if piece.text), missed)
+
+
+def _answer_end(text: str, start: int, content: str, stop: str) -> int | None:
+    """Where the stop token behind ``content`` ends; templates may add or strip white space around the answer."""
+    for part in (content.strip(), stop):
+        start = start + len(text[start:]) - len(text[start:].lstrip())
+        if not text.startswith(part, start):
+            return None
+        start += len(part)
+    return start
+
+
+def tokenize_cuts(
+    cuts: Sequence[Cut], tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat
+) -> list[list[list[int]]]:
+    """Token ids of each piece of each cut, every piece tokenised by itself and nothing added."""
+    texts = [turn_format.anchor * (index > 0) + piece.text for cut in cuts for index, piece in enumerate(cut.pieces)]
+    if not texts:
+        return [[] for _ in cuts]
+    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    anchored = turn_format.anchor != ""
+    return [[next(ids)[int(anchored and index > 0) :] for index in range(len(cut.pieces))] for cut in cuts]

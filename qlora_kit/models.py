@@ -1,0 +1,308 @@
+"""The base model: find it, load tokenizer and (4-bit) weights, attach LoRA, measure what a contract records."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.adapters import BaseFacts, base_fingerprint
+from qlora_kit.config import LoraSection, QuantizationSection
+from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
+from qlora_kit.errors import BaseModelError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parent / "bases" / "tiny"
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+CODE_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """A base model that was found.
+
+    Attributes:
+        id: What the user called it: ``tiny``, a folder, or a Hub id.
+        path: The local folder with its files.
+        revision: The commit, for a Hub id.
+    """
+
+    id: str
+    path: Path
+    revision: str | None = None
+
+
+def resolve_base(base: str, revision: str | None = None) -> BaseRef:
+    """Find a base by name: ``tiny``, a folder, or a Hub id (downloaded to the Hub's cache unless it is there).
+
+    Raises:
+        BaseModelError: It is none of these, cannot be downloaded, or is not a usable checkpoint.
+    """
+    if base == TINY:
+        ref = BaseRef(TINY, TINY_FOLDER)
+    elif Path(base).is_dir():
+        ref = BaseRef(base, Path(base))
+    elif HUB_ID.match(base):
+        ref = _download(base, revision)
+    else:
+        raise BaseModelError(
+            f"model.base {base!r} is neither a folder nor a Hub id",
+            expected=f"{TINY!r}, a folder with config.json and safetensors, or an id such as Qwen/Qwen2.5-7B-Instruct",
+            fix="correct model.base, or --base",
+        )
+    _require_checkpoint(ref)
+    return ref
+
+
+def _download(base: str, revision: str | None) -> BaseRef:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(base, revision=revision, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BaseModelError(
+            f"the base {base!r} cannot be had from the Hub ({type(error).__name__})",
+            expected="a public id, or one that your token may read, and a network connection or a filled cache",
+            fix=f"check the id, run `hf download {base}` where there is a network, or give a local folder",
+        ) from error
+    return BaseRef(base, path, revision=path.name)
+
+
+def read_model_config(ref: BaseRef) -> dict[str, Any]:
+    """The base's ``config.json``.
+
+    Raises:
+        BaseModelError: It is missing, not JSON, or wants to run code of its own.
+    """
+    path = ref.path / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{path}: cannot be read as JSON ({type(error).__name__})",
+            expected="the config.json of a transformers causal language model",
+            fix="point model.base at the folder that holds the whole checkpoint",
+        ) from error
+    if "auto_map" in config:
+        raise BaseModelError(
+            f"{path}: the model brings code of its own (auto_map)",
+            expected="an architecture that transformers itself has",
+            fix="choose a base that needs no remote code: the kit never runs any",
+        )
+    return config
+
+
+def _require_checkpoint(ref: BaseRef) -> None:
+    read_model_config(ref)
+    if not any(ref.path.glob("*.safetensors")):
+        raise BaseModelError(
+            f"{ref.path}: no safetensors weights",
+            expected="model.safetensors or its shards (pickled .bin files are never loaded)",
+            fix="convert the checkpoint with `save_pretrained` of transformers, or choose another base",
+        )
+
+
+def load_tokenizer(ref: BaseRef) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, padding on the left as decoding needs it.
+
+    Raises:
+        BaseModelError: It cannot be loaded or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            ref.path, local_files_only=True, trust_remote_code=False, padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{ref.path}: the tokenizer cannot be loaded ({error})",
+            expected="tokenizer.json and tokenizer_config.json beside the weights",
+            fix="copy the base's tokenizer files into the folder",
+        ) from error
+    if not tokenizer.chat_template:
+        raise BaseModelError(
+            f"{ref.id}: the tokenizer has no chat template",
+            expected="a chat template, since conversations are rendered with it",
+            fix="use the instruct version of the base, or put its chat_template.jinja into the folder",
+        )
+    return tokenizer
+
+
+def default_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype; ``auto`` is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."""
+    import torch
+
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def load_base_model(
+    ref: BaseRef, quantization: QuantizationSection, *, device: torch.device | None = None
+) -> PreTrainedModel:
+    """The base on ``device``, its linear layers quantized to 4 bits while loading if ``quantization`` says so.
+
+    Raises:
+        BaseModelError: transformers cannot load it.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    device = default_device() if device is None else device
+    dtype = compute_dtype(quantization.bnb_4bit_compute_dtype, device)
+    settings = None
+    if quantization.load_in_4bit:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            ref.path,
+            quantization_config=settings,
+            dtype=dtype,
+            device_map={"": device},
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{ref.path}: the model cannot be loaded ({error})",
+            expected="a complete causal language model in safetensors",
+            fix="check that every shard is there and unbroken",
+        ) from error
+    _keep_4bit_weights_as_they_are(model)
+    return model
+
+
+def linear4bit_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The 4-bit linear layers by their name in the base model (PEFT's wrapping left out of the name)."""
+    from bitsandbytes.nn import Linear4bit
+
+    return {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+
+
+def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Name of each linear layer of the base to its ``(out_features, in_features)``."""
+    import torch
+
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def _keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
+    """Switch off bitsandbytes' repacking for CPUs with AVX512-BF16.
+
+    There, the first forward pass in eval mode rounds the block scales to bf16 in place, for good: outputs change, and a
+    training step after an evaluation gets no gradient through the base (bitsandbytes 0.50, ``Linear4bit.forward``).
+    """
+    for module in linear4bit_modules(model).values():
+        module.support_avx512bf16_for_cpu = False
+
+
+def nf4_code_samples(model: torch.nn.Module) -> dict[str, str]:
+    """A strided sample of each 4-bit weight's packed codes, as hex: equal where two quantizers agree."""
+    import torch
+
+    samples = {}
+    for name, module in linear4bit_modules(model).items():
+        codes = module.weight.data.reshape(-1).view(torch.uint8)
+        stride = max(1, codes.numel() // CODE_SAMPLES)
+        samples[f"{name}.weight"] = bytes(codes[::stride][:CODE_SAMPLES].tolist()).hex()
+    return samples
+
+
+def quantization_facts(quantization: QuantizationSection, model: torch.nn.Module | None = None) -> dict[str, Any]:
+    """The contract's ``quantization``; with the loaded ``model``, its code samples too."""
+    facts: dict[str, Any] = {"load_in_4bit": quantization.load_in_4bit}
+    if quantization.load_in_4bit:
+        facts["bnb_4bit_quant_type"] = quantization.bnb_4bit_quant_type
+        facts["bnb_4bit_use_double_quant"] = quantization.bnb_4bit_use_double_quant
+        if model is not None:
+            facts["nf4_codes"] = nf4_code_samples(model)
+    return facts
+
+
+def base_facts(
+    ref: BaseRef, tokenizer: PreTrainedTokenizerBase, quantization: Mapping[str, Any] | None = None
+) -> BaseFacts:
+    """What a contract is compared with: weights, template and stop tokens of the base at hand."""
+    return BaseFacts(
+        id=ref.id,
+        revision=ref.revision,
+        fingerprint=base_fingerprint(ref.path),
+        chat_template_sha256=chat_template_sha256(tokenizer),
+        stop_token_ids=stop_token_ids(tokenizer),
+        quantization=quantization,
+    )
+
+
+def attach_lora(model: PreTrainedModel, lora: LoraSection) -> PeftModel:
+    """A PEFT model with one new adapter, ``default``, whose weights are fp32.
+
+    Raises:
+        BaseModelError: A target module does not exist in the base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=_as_peft(lora.target_modules),
+        exclude_modules=_as_peft(lora.exclude_modules),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        bias=lora.bias,
+        modules_to_save=list(lora.modules_to_save) or None,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise BaseModelError(
+            f"lora: no adapter can be attached ({error})",
+            expected="lora.target_modules that name linear layers of the base",
+            fix="use all-linear, or names from `qlora-kit info`",
+        ) from error
+
+
+def _as_peft(modules: str | tuple[str, ...] | None) -> str | list[str] | None:
+    return list(modules) if isinstance(modules, tuple) else modules
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

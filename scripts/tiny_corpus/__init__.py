@@ -1,0 +1,1 @@
+"""Generators of the text that `tiny` is pretrained on and of the five shipped data sets."""

@@ -1,0 +1,58 @@
+"""The pretraining text of `tiny`: passages of all domains in fixed shares, as documents with the chat tokens as separators.
+
+The text is a function of the chunk number alone, so a test can make any part of it again.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from scripts.tiny_corpus import copying, facts, french, functions, reviews, stories
+
+END_OF_TEXT = "<|endoftext|>"
+BLOCK_START = "<|im_start|>"
+BLOCK_END = "<|im_end|>"
+DOCUMENTS_A_CHUNK = 1_000
+
+# Share of the documents by domain. Look-up, two languages and code need the most practice.
+DOMAINS: dict[str, tuple[float, Callable[[random.Random], str]]] = {
+    "facts": (0.19, facts.passage),
+    "french": (0.22, french.passage),
+    "functions": (0.19, functions.passage),
+    "reviews": (0.22, reviews.passage),
+    "stories": (0.09, stories.passage),
+    "copying": (0.09, copying.passage),
+}
+# Words that stand after a block's start. The chat roles are among them, so that no token of the chat template is untrained;
+# what follows has nothing to do with the word.
+HEADINGS = ("note", "text", "page", "list", "letter", "user", "assistant", "system")
+BLOCKS_SHARE = 0.5
+
+
+def clean_passage(rng: random.Random, domain: str) -> str:
+    """One passage of ``domain`` that names no held-out phrase of the question-answering data."""
+    make = DOMAINS[domain][1]
+    while True:
+        text = make(rng)
+        if not facts.held_out_in(text):
+            return text
+
+
+def document(rng: random.Random) -> str:
+    """One document: a bare passage, or one to three passages in blocks, and the end-of-text token."""
+    names, shares = list(DOMAINS), [share for share, _ in DOMAINS.values()]
+    domain = rng.choices(names, shares)[0]
+    if rng.random() >= BLOCKS_SHARE:
+        return clean_passage(rng, domain) + END_OF_TEXT
+    blocks = (
+        f"{BLOCK_START}{rng.choice(HEADINGS)}\n{clean_passage(rng, domain)}{BLOCK_END}\n"
+        for _ in range(rng.randint(1, 3))
+    )
+    return "".join(blocks) + END_OF_TEXT
+
+
+def documents(chunk: int) -> list[str]:
+    """The ``DOCUMENTS_A_CHUNK`` documents of one chunk of the pretraining text."""
+    rng = random.Random(f"tiny pretraining text, chunk {chunk}")
+    return [document(rng) for _ in range(DOCUMENTS_A_CHUNK)]

@@ -1,0 +1,269 @@
+"""Configs: what loads, and every fault with its file, line and fix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.config import RunConfig, load_config
+from qlora_kit.errors import ConfigError
+from qlora_kit.train_section import _BOUNDS, CONTROLLED, TrainSection
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SMALL = "name: run\ntask: sentiment\ndata:\n  train: rows.csv\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults_of(folder: Path, text: str, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(folder, text), overrides)
+    assert all(fault.expected and fault.fix for fault in caught.value.faults)
+    return [str(fault).replace(str(folder) + "/", "") for fault in caught.value.faults]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    again = load_config(write(tmp_path, config.to_yaml()))
+    assert again.model_dump() == config.model_dump()
+    assert again.sha256() == config.sha256()
+
+
+def test_there_is_a_config_for_each_task_and_card() -> None:
+    names = {path.stem for path in CONFIGS}
+    tasks = {"sentiment", "translation", "question_answering", "text_generation", "code_generation"}
+    assert names >= tasks | {"qwen2.5-7b-24gb", "qwen2.5-7b-12gb"}
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALL + "lora:\n"))  # an empty section is all defaults
+    assert config.output_dir == "runs/run"
+    assert config.model.base == "tiny"
+    assert config.data.train == ("rows.csv",)
+    assert config.data.test == ()
+    assert config.lora.r == 16
+    assert config.train.learning_rate == 2e-4
+    assert config.train.max_length == 1024
+
+
+def test_numbers_written_with_an_exponent(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL + "train:\n  learning_rate: 1e-4\n  weight_decay: 1e-2\n")
+    arguments = load_config(path).sft_arguments()
+    assert arguments["learning_rate"] == 0.0001
+    assert arguments["weight_decay"] == 0.01
+    assert load_config(path, ["train.learning_rate=5e-5"]).train.learning_rate == 0.00005
+
+
+def test_no_stays_a_word(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, SMALL + "train:\n  save_strategy: no\n")).train.save_strategy == "no"
+
+
+def test_overrides(tmp_path: Path) -> None:
+    overrides = [
+        "data.train=[a.csv, b.csv]",
+        "lora.rank_pattern.q_proj=4",
+        "name=other",
+        "train.packing=true",
+        "lora.r=8",
+    ]
+    config = load_config(write(tmp_path, SMALL), [*overrides, "lora.r=32"])
+    assert config.data.train == ("a.csv", "b.csv")
+    assert config.lora.rank_pattern == {"q_proj": 4}
+    assert config.name == "other"
+    assert config.output_dir == "runs/other"
+    assert config.train.packing
+    assert config.lora.r == 32
+
+
+def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
+    text = (
+        SMALL
+        + "lora:\n  r: 0\n  lora_alfa: 3\n"
+        + "train:\n  learning_rate: -1e-4\n  wieght_decay: 0\n  bf16: true\nlernrate: 1\n"
+    )
+    faults = faults_of(tmp_path, text, "train.max_length=long")
+    expected = [
+        ("run.yaml:6: lora.r is 0", "greater than or equal to 1"),
+        ("run.yaml:7: lora.lora_alfa is an unknown key", "did you mean 'lora_alpha'?"),
+        ("run.yaml:9: train.learning_rate is -0.0001", "greater than 0"),
+        ("run.yaml:10: train.wieght_decay is an unknown key", "did you mean 'weight_decay'?"),
+        ("run.yaml:11: train.bf16 cannot be set", "set quantization.bnb_4bit_compute_dtype"),
+        ("run.yaml:12: lernrate is an unknown key", "one of name, task"),
+        ("override 'train.max_length=long': train.max_length is 'long'", "a whole number"),
+    ]
+    for what, detail in expected:
+        assert any(what in fault and detail in fault for fault in faults), (what, faults)
+    assert len(faults) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("lines", "what", "detail"),
+    [
+        ("learning_rate: 1", "learning_rate is an unknown key", "write train.learning_rate"),
+        ("train:\n  optim: adamw_toch", "train.optim is 'adamw_toch'", "did you mean 'adamw_torch'?"),
+        ("train:\n  lr_scheduler_type: cosin", "train.lr_scheduler_type is 'cosin'", "did you mean 'cosine'?"),
+        ("train:\n  loss_type: ntl", "train.loss_type is 'ntl'", "did you mean 'nll'?"),
+        ("train:\n  packing: yes", "train.packing is 'yes'", "true or false"),
+        ("train:\n  tf32: 1", "train.tf32 is 1", "true or false"),
+        ("train:\n  weight_decay: -1", "train.weight_decay is -1", "at least 0"),
+        ("train:\n  adam_beta1: 1", "train.adam_beta1 is 1", "below 1"),
+        ("train:\n  max_length: 12.5", "train.max_length is 12.5", "whole number"),
+        ("train:\n  max_length: true", "train.max_length is True", "whole number"),
+        ("train:\n  learning_rate: .nan", "train.learning_rate is nan", "a finite number"),
+        ("train:\n  save_strategy: steps", "train.save_strategy does not fit", "the same strategy"),
+        ("train: 3", "train is 3", "a section"),
+        ("lora: {lora_dropout: 1}", "lora.lora_dropout is 1", "less than 1"),
+        ("lora: {r: 1025}", "lora.r is 1025", "less than or equal to 1024"),
+        ("lora: {init_lora_weights: pissa}", "lora.init_lora_weights is 'pissa'", "true or false or 'gaussian'"),
+        ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern is", "at least 1"),
+        ("lora: {target_modules: []}", "lora.target_modules is []", "all-linear"),
+        ("quantization: {bnb_4bit_quant_type: nf5}", "bnb_4bit_quant_type is 'nf5'", "did you mean 'nf4'?"),
+        ("eval: {metrics: [chrff]}", "eval.metrics is ['chrff']", "one or more of accuracy"),
+        ("eval: {metrics: chrff}", "eval.metrics is 'chrff'", "did you mean 'chrf'?"),
+        ("eval: {limit: 0}", "eval.limit is 0", "greater than or equal to 1"),
+    ],
+)
+def test_wrong_keys_and_values(tmp_path: Path, lines: str, what: str, detail: str) -> None:
+    (fault,) = faults_of(tmp_path, SMALL + lines + "\n")
+    assert fault.startswith("run.yaml:")
+    assert what in fault
+    assert detail in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("name: a b\ntask: sentiment\ndata: {train: x}\n", "run.yaml:1: name is 'a b'"),
+        ("task: sentiment\ndata: {train: x}\n", "run.yaml: name is missing"),
+        ("name: a\ntask: sentiment\n", "run.yaml: data is missing"),
+        ("name: a\ntask: sentiment\ndata: {test: x}\n", "run.yaml:3: data.train is missing"),
+        ("name: a\ntask: sentiment\ndata: {train: []}\n", "run.yaml:3: data.train is []"),
+        ("name: a\ntask: sentiment\ndata: {train: x, prompt: {text}}\n", "run.yaml:3: data.prompt is {'text': None}"),
+        ("name: a\ntask: sentiment\ndata: {train: x, prompt: hello}\n", "run.yaml:3: data.prompt is 'hello'"),
+        ("name: a\ntask: sentiment\ndata: {train: x, prompt: '{a.b}'}\n", "run.yaml:3: data.prompt is '{a.b}'"),
+        ("name: a\ntask: sentiment\ndata: {train: x, format: csv}\n", "run.yaml:3: data.format is 'csv'"),
+    ],
+)
+def test_wrong_top_level_and_data(tmp_path: Path, text: str, what: str) -> None:
+    (fault,) = faults_of(tmp_path, text)
+    assert what in fault
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("train.max_length", "has no key and value"),
+        ("=3", "has no key and value"),
+        ("name.x=1", "name holds no keys"),
+        ("train.optim=[", "the value is not YAML"),
+        ("lorra.r=3", "lorra is an unknown key"),
+        ("lora.r=many", "lora.r is 'many'"),
+        ("train.learning_rate=", "train.learning_rate is None"),
+    ],
+)
+def test_wrong_overrides_are_named(tmp_path: Path, override: str, what: str) -> None:
+    (fault,) = faults_of(tmp_path, SMALL, override)
+    assert fault.startswith(f"override {override!r}")
+    assert what in fault
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, what in ((tmp_path / "none.yaml", "no such file"), (tmp_path, "cannot be read")):
+        with pytest.raises(ConfigError, match=what):
+            load_config(path)
+    (tmp_path / "latin.yaml").write_bytes("name: é\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="byte 6 is not UTF-8"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_unknown_task_names_the_nearest_and_the_way_to_a_new_one(tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, SMALL.replace("sentiment", "sentimant"))
+    assert "run.yaml:2: task is 'sentimant'" in fault
+    assert "did you mean 'sentiment'?" in fault
+    assert "a new task needs data.prompt" in fault
+    (fault,) = faults_of(tmp_path, SMALL.replace("sentiment", "titles") + "  prompt: '{body}'\n")
+    assert "lacks data.completion, eval.metrics" in fault
+
+
+def test_a_new_task_from_the_yaml(tmp_path: Path) -> None:
+    text = SMALL.replace("sentiment", "titles") + "  prompt: '{body}'\n  completion: '{title}'\neval: {metrics: chrf}\n"
+    task = load_config(write(tmp_path, text)).task_spec()
+    assert (task.name, task.fields, task.metrics) == ("titles", ("body", "title"), ("chrf",))
+    assert task.system_prompt == ""
+    assert task.max_new_tokens == 256
+
+
+def test_task_spec_takes_the_configs_own_words(tmp_path: Path) -> None:
+    text = SMALL + "  system_prompt: ''\n  completion: '{stars}'\neval: {max_new_tokens: 3}\n"
+    task = load_config(write(tmp_path, text)).task_spec()
+    assert task.system_prompt == ""
+    assert task.fields == ("text", "stars")
+    assert task.labels == ()
+    assert task.max_new_tokens == 3
+
+
+def test_paths_are_found_here_or_beside_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "project").mkdir()
+    config = load_config(write(tmp_path / "project", SMALL))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert config.resolve("rows.csv") == Path("rows.csv")  # nowhere: named as the user wrote it
+    (tmp_path / "project" / "rows.csv").touch()
+    assert config.resolve("rows.csv") == tmp_path / "project" / "rows.csv"
+    (here / "rows.csv").touch()
+    assert config.resolve("rows.csv") == Path("rows.csv")
+
+
+def test_hash_ignores_order_and_comments_only(tmp_path: Path) -> None:
+    one = load_config(write(tmp_path, SMALL))
+    two = load_config(write(tmp_path, "# a comment\ndata: {train: [rows.csv]}\ntask: sentiment\nname: run\n"))
+    assert one.sha256() == two.sha256() != load_config(write(tmp_path, SMALL), ["lora.r=8"]).sha256()
+
+
+def test_sft_arguments_without_validation_data(tmp_path: Path) -> None:
+    arguments = load_config(write(tmp_path, SMALL)).sft_arguments()
+    assert arguments["eval_strategy"] == "no"
+    assert arguments["load_best_model_at_end"] is False
+    arguments = load_config(write(tmp_path, SMALL), ["data.validation=v.csv"]).sft_arguments()
+    assert arguments["eval_strategy"] == "epoch"
+    assert arguments["load_best_model_at_end"] is True
+
+
+def test_config_is_frozen(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, SMALL))
+    with pytest.raises(ValueError, match="frozen"):
+        config.lora.r = 3
+
+
+def test_declared_train_fields_are_sft_fields_and_free() -> None:
+    from qlora_kit.sft_fields import sft_fields
+
+    assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"}
+    assert not set(CONTROLLED) & set(TrainSection.model_fields)
+    assert not set(_BOUNDS) & set(TrainSection.model_fields)
+    assert set(_BOUNDS) <= set(sft_fields())
+
+
+def test_every_key_says_what_it_means() -> None:
+    for section, field in RunConfig.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", {section: field})
+        assert all(entry.description for entry in keys.values()), section
+
+
+def test_import_and_load_leave_torch_out() -> None:
+    code = (
+        "import sys; from qlora_kit.config import load_config\n"
+        f"load_config({str(CONFIGS[0])!r}).sft_arguments()\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
