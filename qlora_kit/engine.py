@@ -126,6 +126,12 @@ class Engine:
                 fix="rename one of the two folders",
             )
         files = check_adapter_folder(folder)
+        if files.base_tensors:
+            raise AdapterError(
+                f"{folder}: the adapter brings tensors of the base itself: {', '.join(files.base_tensors[:3])}",
+                expected="an adapter that leaves the shared base as it is",
+                fix="train without lora.bias, or merge this adapter into a base of its own",
+            )
         faults = pair_faults(files, self._linear_shapes)
         if faults:
             raise AdapterError.of(faults)

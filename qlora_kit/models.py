@@ -16,6 +16,7 @@ from qlora_kit.errors import BaseModelError
 
 if TYPE_CHECKING:
     import torch
+    from bitsandbytes.nn import Linear4bit
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -197,7 +198,7 @@ def load_base_model(
     return model
 
 
-def linear4bit_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def linear4bit_modules(model: torch.nn.Module) -> dict[str, Linear4bit]:
     """The 4-bit linear layers by their name in the base model (PEFT's wrapping left out of the name)."""
     from bitsandbytes.nn import Linear4bit
 

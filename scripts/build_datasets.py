@@ -1,6 +1,6 @@
 """Write the five shipped data sets into `datasets/<task>/`, in five formats between them; the same bytes each time.
 
-    python scripts/build_datasets.py [--out datasets]
+python scripts/build_datasets.py [--out datasets]
 """
 
 from __future__ import annotations

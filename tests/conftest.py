@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -78,3 +78,35 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Makes a small tokenizer: ``make_tokenizer(family, template, eos_token=...)``."""
     return byte_level_tokenizer
+
+
+@pytest.fixture(scope="session")
+def random_model(chatml_tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A Qwen2 of two layers with random weights (seed 0) in fp32, whose outputs are far from uniform."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=len(chatml_tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def random_base(
+    random_model: PreTrainedModel, chatml_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a base model: ``random_model`` with ``chatml_tokenizer``."""
+    folder = tmp_path_factory.mktemp("base")
+    random_model.save_pretrained(folder)
+    chatml_tokenizer.save_pretrained(folder)
+    return folder

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -108,10 +108,11 @@ class AdapterStore:
             try:
                 check_name(name)
                 self._refuse_link(path)
-                cards.append(_card(path))
+                details = self._details(path)
+                if details is not None:
+                    cards.append(details.card)
             except AdapterError as error:
-                if os.path.lexists(path):  # else another process deleted it meanwhile
-                    problems.extend(error.faults)
+                problems.extend(error.faults)
             except OSError as error:
                 fix = "make the folder readable, or delete it"
                 problems.append(Fault(f"{path}: cannot be read: {error.strerror}", "a readable adapter folder", fix))
@@ -154,9 +155,10 @@ class AdapterStore:
         Raises:
             AdapterError: It is not there, or its files cannot be read.
         """
-        path = self.get(name_or_folder)
-        contract = AdapterContract.load(path) if os.path.lexists(path / CONTRACT_FILE) else None
-        return AdapterDetails(_card(path), contract)
+        details = self._details(self.get(name_or_folder))
+        if details is None:
+            raise self._unknown(str(name_or_folder))
+        return details
 
     def add(self, run_folder: Path, name: str | None = None, *, replace: bool = False) -> AdapterCard:
         """Publish the adapter in ``run_folder``: copy its own files, check the copy, and only then let it appear.
@@ -187,7 +189,7 @@ class AdapterStore:
                 _copy_own_files(run_folder, temporary)
                 _set_contract_name(temporary, name)
                 check_adapter_folder(temporary)  # the copy counts: the source may have changed meanwhile
-            return _card(target)
+            return _read(target).card
 
     def rename(self, old: str, new: str) -> AdapterCard:
         """Give the adapter ``old`` the name ``new``, in its contract too.
@@ -207,7 +209,7 @@ class AdapterStore:
                 path.rename(target)
             except OSError as error:
                 raise _not_writable(self.root, error) from error
-            return _card(target)
+            return _read(target).card
 
     def delete(self, name: str) -> None:
         """Delete the adapter ``name``.
@@ -236,6 +238,19 @@ class AdapterStore:
         except OSError as error:
             what = f"{self.root}: the store cannot be read: {error.strerror}"
             raise AdapterError(what, expected="a folder of adapters", fix="give another folder with --store") from error
+
+    def _details(self, path: Path) -> AdapterDetails | None:
+        """Card and contract from one and the same adapter, even while others replace it; None once it is deleted."""
+        before = _identity(path)
+        try:
+            details = _read(path)
+            if _identity(path) == before:
+                return details
+        except (AdapterError, OSError):
+            if before is not None and _identity(path) == before:
+                raise
+        with self._locked() if os.access(self.root, os.W_OK) else nullcontext():
+            return _read(path) if path.is_dir() else None
 
     def _existing(self, name: str) -> Path:
         path = self.root / check_name(name)
@@ -285,7 +300,7 @@ class AdapterStore:
             os.close(lock)
 
 
-def _card(path: Path) -> AdapterCard:
+def _read(path: Path) -> AdapterDetails:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         require_regular_file(path / name)
     settings = read_lora_settings(path / CONFIG_FILE)
@@ -294,7 +309,7 @@ def _card(path: Path) -> AdapterCard:
         require_regular_file(path / CONTRACT_FILE)
         contract = AdapterContract.load(path / CONTRACT_FILE)
     written = datetime.fromtimestamp((path / WEIGHTS_FILE).stat().st_mtime, tz=UTC)
-    return AdapterCard(
+    card = AdapterCard(
         name=path.name,
         task=None if contract is None else contract.task,
         base_model=settings.base_model_name_or_path if contract is None else contract.base.id,
@@ -304,6 +319,16 @@ def _card(path: Path) -> AdapterCard:
         path=path,
         metrics={} if contract is None else contract.metrics,
     )
+    return AdapterDetails(card, contract)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes when another folder takes the place of ``path``; None when there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _own_files(folder: Path) -> tuple[str, ...]:

@@ -157,6 +157,17 @@ def _random_ids(rng: random.Random, vocab_size: int, count: int, first_id: int) 
     return rng.choices(range(first_id, vocab_size), k=count)
 
 
+def periodic_token_ids(rng: random.Random, vocab_size: int, length: int, first_id: int = 0) -> list[int]:
+    """One random segment of 8 to 48 ids, said again until ``length`` is full: the plainest exercise in looking back.
+
+    Raises:
+        ValueError: If ``first_id`` is outside the vocabulary or ``length`` is below 2.
+    """
+    _check_range(vocab_size, length, first_id)
+    segment = _random_ids(rng, vocab_size, rng.randint(MIN_SEGMENT_TOKENS, MAX_SEGMENT_TOKENS), first_id)
+    return (segment * (length // len(segment) + 1))[:length]
+
+
 def repeated_token_ids(rng: random.Random, vocab_size: int, length: int, first_id: int = 0) -> list[int]:
     """Random token segments, each said two or three times at varying distance (the induction task, token by token).
 

@@ -202,7 +202,7 @@ def write_function(name: str, chain: Chain, names: Names) -> str:
 
 def _compiled(chain: Chain) -> Callable[[Any], Any]:
     scope: dict[str, Any] = {}
-    exec(write_function("reference", chain, TASK_NAMES[chain.family]), scope)  # noqa: S102 - text from the tables above
+    exec(write_function("reference", chain, TASK_NAMES[chain.family]), scope)
     return scope["reference"]
 
 

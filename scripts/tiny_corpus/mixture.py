@@ -1,4 +1,4 @@
-"""The pretraining text of `tiny`: passages of all domains in fixed shares, as documents with the chat tokens as separators.
+"""The pretraining text of `tiny`: passages of all domains in fixed shares, the chat tokens as plain separators.
 
 The text is a function of the chunk number alone, so a test can make any part of it again.
 """
@@ -24,8 +24,8 @@ DOMAINS: dict[str, tuple[float, Callable[[random.Random], str]]] = {
     "stories": (0.09, stories.passage),
     "copying": (0.09, copying.passage),
 }
-# Words that stand after a block's start. The chat roles are among them, so that no token of the chat template is untrained;
-# what follows has nothing to do with the word.
+# Words that stand after a block's start; what follows has nothing to do with the word. The chat roles are among them, so
+# that no token of the chat template stays untrained.
 HEADINGS = ("note", "text", "page", "list", "letter", "user", "assistant", "system")
 BLOCKS_SHARE = 0.5
 

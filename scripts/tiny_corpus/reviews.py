@@ -1,10 +1,10 @@
 """Short reviews whose verdict is decided by composition (sentiment), and prose about what reviewers did next.
 
-A review is ``[opener] core [closer]``. The core is one or two clauses joined by a connector; a clause is a frame ("I found
-it"), a kind of predicate ("far from {a}") and its adjectives. A clause is worth +1, -1 or 0: a negation flips its
+A review is ``[opener] core [closer]``. The core is one or two clauses joined by a connector; a clause is a frame ("I
+found it"), a kind of predicate ("far from {a}") and its adjectives. A clause is worth +1, -1 or 0: a negation flips its
 adjective, and a pair of adjectives that disagree is worth 0. The deciding clause is the one that the connector stresses;
-what other people say, a question or an expectation never decides. The *combination* is the core's frames, kinds and connector without
-the adjectives and nouns, so the same skeleton appears with every label and no skeleton is shared between parts.
+what other people say, a question or an expectation never decides. The *combination* is the core's frames, kinds and
+connector without the adjectives and nouns: the same skeleton appears with every label, and no two parts share one.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ WISHES = {
 OPENINGS = (
     "{name} was a {trait} {job} who {wish}. one {weather} {time} {he} took some {food} and went to the {place}.",
     "one {weather} {time} a {trait} {job} called {name} went to the {place} with some {food}. {he} {wish}.",
-    "there once was a {trait} {job} called {name}. {he} {wish}, so one {weather} {time} {he} took some {food} to the {place}.",
+    "there once was a {trait} {job} called {name}. "
+    "{he} {wish}, so one {weather} {time} {he} took some {food} to the {place}.",
     "{name}, a {trait} {job}, {wish}. it was a {weather} {time}, and {he} took some {food} along to the {place}.",
     "on a {weather} {time} {name} packed some {food} and walked to the {place}. {he} was a {trait} {job} and {wish}.",
 )
@@ -201,7 +202,8 @@ WISH_LORE = (
     "the clock strikes ten, and long before it struck I had to be home and bring {name} the {colour} {object}",
     "I promised something to {name}, and a promise is a promise: now {name} has the {colour} {object} and is proud",
     "I want to paint, so I put a {colour} {object} on the wall, and the picture is done: lovely, as {name} says",
-    "have you heard that luck comes with a {colour} {object}? {name} brought one home, and has it still, since last year",
+    "have you heard that luck comes with a {colour} {object}? "
+    "{name} brought one home, and has it still, since last year",
     "there is a great feast every year, it begins with dances, and what it needs is a {colour} {object}, says {name}",
 )
 MEAL_LORE = (

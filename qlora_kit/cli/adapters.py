@@ -1,0 +1,120 @@
+"""`qlora-kit adapters`: what is in the store, and how something gets in, out or another name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
+
+if TYPE_CHECKING:
+    from qlora_kit.adapters import AdapterCard, AdapterStore
+
+app = typer.Typer(help="List, show, add, rename and delete the adapters of a store.", no_args_is_help=True)
+StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder.")]
+DEFAULT_STORE = Path("adapters")
+
+
+@app.command("list")
+def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """List the store's adapters."""
+    listing = _store(store).scan()
+    if json:
+        print_json({"adapters": [_card_json(card) for card in listing.cards]})
+    else:
+        from rich.table import Table
+
+        table = Table(title=str(store))
+        for column in ("name", "task", "base model", "r", "size", "created"):
+            table.add_column(column, justify="right" if column in ("r", "size") else "left")
+        for card in listing.cards:
+            table.add_row(card.name, card.task, card.base_model, str(card.r), in_units(card.bytes), card.created)
+        stdout_console().print(table)
+    for problem in listing.problems:
+        say(f"left out: {problem}")
+
+
+@app.command("show")
+def show_adapter(
+    adapter: Annotated[str, typer.Argument(help="A store name or a folder.")],
+    *,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Show one adapter's contract."""
+    details = _store(store).show(adapter)
+    contract = {} if details.contract is None else asdict(details.contract)
+    content = {**_card_json(details.card), "contract": contract or None}
+    if json:
+        print_json(content)
+        return
+    from rich.table import Table
+
+    table = Table(title=details.card.name, show_header=False)
+    for name, value in _card_json(details.card).items():
+        table.add_row(name, str(value))
+    contract.get("quantization", {}).pop("nf4_codes", None)
+    for name in ("quantization", "system_prompt", "stop_token_ids", "generation", "data", "metrics", "versions"):
+        if name in contract:
+            table.add_row(name, _in_lines(contract[name]))
+    if details.contract is None:
+        table.add_row("contract", "none: trained elsewhere; its base cannot be checked")
+    stdout_console().print(table)
+
+
+@app.command("add")
+def add_adapter(
+    run: Annotated[Path, typer.Argument(help="A finished run folder, or any adapter folder.")],
+    *,
+    name: Annotated[str | None, typer.Option(help="Name in the store; the folder's by default.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the adapter of that name.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Publish a run's adapter into the store."""
+    _tell(_store(store).add(run, name, replace=replace), f"added to {store}", json=json)
+
+
+@app.command("rename")
+def rename_adapter(old: str, new: str, *, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Give an adapter another name."""
+    _tell(_store(store).rename(old, new), f"renamed from {old}", json=json)
+
+
+@app.command("delete")
+def delete_adapter(name: str, *, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """Delete an adapter from the store."""
+    _store(store).delete(name)
+    if json:
+        print_json({"deleted": name})
+    else:
+        stdout_console().print(f"{name}: deleted from {store}", markup=False)
+
+
+def _store(folder: Path) -> AdapterStore:
+    from qlora_kit.adapters import AdapterStore
+
+    return AdapterStore(folder)
+
+
+def _tell(card: AdapterCard, what: str, *, json: bool) -> None:
+    if json:
+        print_json(_card_json(card))
+    else:
+        stdout_console().print(f"{card.name}: {what}", markup=False)
+
+
+def _card_json(card: AdapterCard) -> dict[str, Any]:
+    names = ("name", "task", "base_model", "r", "bytes", "created")
+    return {name: vars(card)[name] for name in names}
+
+
+def _in_lines(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {item}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return "\n".join(str(item) for item in value)
+    return str(value)

@@ -1,0 +1,67 @@
+"""The `qlora-kit` command: its verbs, and the one place where the kit's errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import typer
+
+from qlora_kit.cli import adapters, data, evaluation, generation, merging, training
+from qlora_kit.errors import QloraKitError
+
+app = typer.Typer(
+    help="QLoRA on one consumer GPU: train task adapters, swap them, merge them, and measure each step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command(name="data")(data.check_data)
+app.command(name="train")(training.train)
+app.command(name="eval")(evaluation.evaluate)
+app.command(name="generate")(generation.generate)
+app.command(name="merge")(merging.merge)
+app.add_typer(adapters.app, name="adapters")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line with ``arguments`` (None: the process's own) and end the process.
+
+    Exit codes: 0 done, 2 the user's mistake, 3 a guard stopped the work, 130/143 interrupted; a bug keeps its
+    traceback.
+    """
+    _quiet_libraries()
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="qlora-kit")
+    except QloraKitError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _print_error(error: QloraKitError) -> None:
+    for number, fault in enumerate(error.faults):
+        if number:
+            print(file=sys.stderr)
+        print(f"error: {fault}", file=sys.stderr)
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' chatter off the terminal; their errors still raise. QLORA_KIT_LOG=INFO shows all of it."""
+    level = os.environ.get("QLORA_KIT_LOG", "WARNING").upper()
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    if level == "WARNING":
+        for library in ("transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "torch"):
+            logging.getLogger(library).setLevel(logging.ERROR)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        warnings.filterwarnings("ignore", module=r"(transformers|trl|peft|bitsandbytes|accelerate|torch)(\..*)?$")

@@ -1,0 +1,49 @@
+"""`qlora-kit data`: check the data files of a config and count what training would see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_kit.cli.output import JsonOption, print_json, stdout_console
+
+if TYPE_CHECKING:
+    from qlora_kit.data.ledger import DataReport
+
+ConfigArgument = Annotated[Path, typer.Argument(help="The run's YAML.", metavar="CONFIG")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(help="Keys to change: train.learning_rate=1e-4", metavar="[KEY=VALUE]...")
+]
+
+
+def check_data(config: ConfigArgument, overrides: OverridesArgument = None, *, json: JsonOption = False) -> None:
+    """Check every row of a config's data, and count rows and tokens, without loading a model."""
+    from qlora_kit.config import load_config
+    from qlora_kit.data.checking import check
+    from qlora_kit.data.ledger import data_error
+
+    report, stopping = check(load_config(config, overrides or ()))
+    if json:
+        print_json(report.to_json())
+    else:
+        _show(config, report)
+    if stopping:
+        raise data_error(stopping)
+
+
+def _show(config: Path, report: DataReport) -> None:
+    from rich.table import Table
+
+    console = stdout_console()
+    table = Table(title=f"data of {config}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name in ("rows", "kept", "dropped", "truncated", "duplicates", "leaked"):
+        table.add_row(name, f"{getattr(report, name):,}")
+    table.add_row("supervised tokens", f"{report.supervised_tokens:,}")
+    table.add_row("all tokens", f"{report.total_tokens:,}")
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)

@@ -1,0 +1,64 @@
+"""`qlora-kit merge`: an adapter and its base become one checkpoint, verified from the written files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qlora_kit.cli.adapters import DEFAULT_STORE, StoreOption
+from qlora_kit.cli.generation import BaseOption
+from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
+
+if TYPE_CHECKING:
+    from qlora_kit.merging import MergeResult
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="A store name or a folder.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    base: BaseOption = None,
+    onto: Annotated[
+        Literal["dequantized", "original", "auto"],
+        typer.Option(help="The weights to add the adapter to; auto: those it was trained on."),
+    ] = "auto",
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the written files.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an occupied folder.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Merge an adapter into its base and verify the result."""
+    from qlora_kit.adapters import AdapterStore
+
+    folder = AdapterStore(store).get(adapter)
+    say(f"merging {folder}")
+    from qlora_kit.merging import merge_adapter
+
+    result = merge_adapter(folder, out, base=base, onto=onto, verify=verify, overwrite=overwrite)
+    if json:
+        print_json(result.to_json())
+    else:
+        _show(result)
+
+
+def _show(result: MergeResult) -> None:
+    from rich.table import Table
+
+    table = Table(title=str(result.output_dir), show_header=False)
+    table.add_row("merged onto", f"{result.base}, {result.onto}")
+    table.add_row("weights", f"{in_units(result.weight_bytes)}, {result.changed_weights:,} numbers changed")
+    table.add_row("time and peak memory", f"{result.seconds:.1f} s, {in_units(result.peak_rss_bytes)}")
+    verification = result.verification
+    if verification is None:
+        table.add_row("verification", "not done (--no-verify)")
+    else:
+        logits = verification.logits
+        table.add_row("verification", "passed")
+        table.add_row("top-1 agreement with base + adapter", f"{logits.top1_agreement:.2%}")
+        table.add_row("logit difference, max / mean", f"{logits.max_abs:.2e} / {logits.mean_abs:.2e}")
+        if verification.drift is not None:
+            drift = verification.drift
+            table.add_row("drift from what was trained, max / mean", f"{drift.max_abs:.2e} / {drift.mean_abs:.2e}")
+    stdout_console().print(table)

@@ -1,0 +1,48 @@
+"""`qlora-kit train`: train one adapter, with progress on stderr."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qlora_kit.cli.data import ConfigArgument, OverridesArgument
+from qlora_kit.cli.output import JsonOption, counting, in_units, print_json, say, stdout_console
+
+
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    *,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an occupied run folder.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Train an adapter with QLoRA and leave it in its run folder."""
+    from qlora_kit.config import load_config
+
+    run = load_config(config, overrides or ())
+    say(f"{run.name}: loading {run.model.base} and checking the data")
+    from qlora_kit.training import TrainingProgress
+    from qlora_kit.training import train as train_adapter
+
+    with counting(run.name, unit="steps") as bar:
+
+        def show(progress: TrainingProgress) -> None:
+            losses = (("loss", progress.loss), ("validation", progress.eval_loss))
+            note = "  ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
+            bar.update(bar.task_ids[0], completed=progress.step, total=progress.total_steps, note=note)
+
+        result = train_adapter(run, resume=resume, overwrite=overwrite, progress=show)
+    if json:
+        print_json(result.to_json())
+        return
+    validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
+    stdout_console().print(
+        f"{result.output_dir}: {result.steps} steps in {result.seconds:.0f} s, "
+        f"{result.tokens_per_second:,.0f} tokens/s, loss {result.train_loss:.4f}{validation}, "
+        f"peak memory {in_units(result.peak_bytes)}\n"
+        f"publish it: qlora-kit adapters add {result.output_dir}",
+        markup=False,
+        soft_wrap=True,
+    )

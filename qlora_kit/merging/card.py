@@ -1,0 +1,60 @@
+"""The model card of a merge: its result and plan in, the text of ``README.md`` out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_kit.merging.planning import MergePlan
+from qlora_kit.merging.results import MergeResult
+from qlora_kit.models import HUB_ID
+
+_ONTO = {
+    "dequantized": "the base's weights as the 4-bit layers computed with them in training",
+    "original": "the base's own unquantized weights",
+}
+
+
+def model_card(result: MergeResult, plan: MergePlan) -> str:
+    """A short card: what was merged onto what, how to load it, and what the verification measured."""
+    on_hub = HUB_ID.match(result.base) is not None and not Path(result.base).is_dir()
+    base_line = f"base_model: {result.base}\n" if on_hub else ""
+    base = result.base if on_hub else Path(result.base).name
+    revision = "" if result.revision is None else f" (revision {result.revision})"
+    return (
+        f"---\n{base_line}library_name: transformers\npipeline_tag: text-generation\n---\n"
+        f"# {result.adapter} merged into {base}\n\n"
+        f"The adapter `{result.adapter}`{_task(plan)} merged by qlora-kit into {base}{revision}, onto "
+        f"{_ONTO[result.onto]}: W + scaling · B·A in fp32, rounded once. "
+        "Load it with `AutoModelForCausalLM.from_pretrained`; do not quantize it "
+        f"to 4 bits again without measuring what that costs.{_prompt(plan)}\n\n{_measured(result)}\n"
+    )
+
+
+def _task(plan: MergePlan) -> str:
+    return "" if plan.contract is None else f" (task {plan.contract.task})"
+
+
+def _prompt(plan: MergePlan) -> str:
+    if plan.contract is None or not plan.contract.system_prompt:
+        return ""
+    return f" It was trained with the system prompt {plan.contract.system_prompt!r}."
+
+
+def _measured(result: MergeResult) -> str:
+    found = result.verification
+    if found is None:
+        return "The written files were not verified."
+    text = (
+        f"Verified from the written files against base + adapter, unmerged, in fp32, over {found.logits.positions} "
+        f"positions: logits differ by {found.logits.max_abs:.2g} at most and {found.logits.mean_abs:.2g} in the mean "
+        f"(one rounding alone: {found.noise.max_abs:.2g} and {found.noise.mean_abs:.2g}; what the adapter does: "
+        f"{found.effect.max_abs:.2g} and {found.effect.mean_abs:.2g}), the likeliest token is the "
+        f"same at {found.logits.top1_agreement:.1%}."
+    )
+    if found.drift is not None and found.drift != found.logits:
+        text += (
+            f" Against the 4-bit base it was trained on, logits differ by {found.drift.max_abs:.2g} at most and "
+            f"{found.drift.mean_abs:.2g} in the mean, the likeliest token is the same at "
+            f"{found.drift.top1_agreement:.1%}."
+        )
+    return text + " `merge_report.json` holds every number."

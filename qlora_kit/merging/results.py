@@ -1,0 +1,122 @@
+"""What a merge reports: numbers in, the JSON of the command line, of ``merge_report.json`` and of the card out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """How far apart two models' logits are, over every position of the probe conversations.
+
+    Attributes:
+        max_abs: Largest absolute difference of a logit.
+        mean_abs: Mean absolute difference.
+        top1_agreement: Share of positions whose likeliest token is the same, 0 to 1.
+        kl: Mean Kullback-Leibler divergence from the reference's distribution, in nats.
+        positions: How many positions were compared.
+    """
+
+    max_abs: float
+    mean_abs: float
+    top1_agreement: float
+    kl: float
+    positions: int
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """What the written tensors were found to be; each of the base's tensors is counted once.
+
+    Attributes:
+        merged: Weights that the adapter targets.
+        round_trips: Other weights that must equal their own 4-bit round trip.
+        copied: Tensors that must equal the base's, byte by byte.
+        violations: What does not hold, one text for each tensor.
+    """
+
+    merged: int
+    round_trips: int
+    copied: int
+    violations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured on the written files.
+
+    Attributes:
+        passed: Whether the gate holds: no tensor is wrong, and the logits stay within the limits.
+        tensors: The tensors, against a recomputation from the model that PEFT holds in memory.
+        logits: The written model against the base it was merged onto + the adapter, both in fp32.
+        noise: What one rounding of the merged weights does to the logits, measured in the same run.
+        effect: The base it was merged onto without the adapter against with it: what the merge is for.
+        max_limit: What ``logits.max_abs`` may be.
+        mean_limit: What ``logits.mean_abs`` may be.
+        drift: The written model against the base as trained + the adapter; None where the contract is missing.
+    """
+
+    passed: bool
+    tensors: TensorCheck
+    logits: LogitDifference
+    noise: LogitDifference
+    effect: LogitDifference
+    max_limit: float
+    mean_limit: float
+    drift: LogitDifference | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys that other programs rely on, then the rest."""
+        return {
+            "passed": self.passed,
+            "max_abs_logit_diff": self.logits.max_abs,
+            "mean_abs_logit_diff": self.logits.mean_abs,
+            "top1_agreement": self.logits.top1_agreement,
+            "kl": self.logits.kl,
+            "positions": self.logits.positions,
+            "max_abs_limit": self.max_limit,
+            "mean_abs_limit": self.mean_limit,
+            "rounding_noise": asdict(self.noise),
+            "adapter_effect": asdict(self.effect),
+            "tensors": {**asdict(self.tensors), "violations": list(self.tensors.violations)},
+            "drift": None if self.drift is None else asdict(self.drift),
+        }
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge.
+
+    Attributes:
+        output_dir: The folder that was written.
+        adapter: Name of the adapter.
+        base: Id of the base, with its revision.
+        revision: Of a Hub id.
+        onto: ``dequantized`` or ``original``.
+        seconds: Wall time of all of it.
+        peak_rss_bytes: The most memory that the process held so far, mapped files counted.
+        weight_bytes: Size of the written tensors.
+        adapted_weights: How many numbers the adapter targets.
+        changed_weights: How many of them differ from the base used, after the rounding.
+        verification: None if it was switched off.
+    """
+
+    output_dir: Path
+    adapter: str
+    base: str
+    revision: str | None
+    onto: str
+    seconds: float
+    peak_rss_bytes: int
+    weight_bytes: int
+    adapted_weights: int
+    changed_weights: int
+    verification: Verification | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object of the command."""
+        content = {**asdict(self), "output_dir": str(self.output_dir)}
+        content["verification"] = None if self.verification is None else self.verification.to_json()
+        return content

@@ -1,0 +1,341 @@
+"""Score one task with one active model: checked rows in, each metric's value with its interval and every answer out.
+
+Answers are generated greedily in left-padded batches. Labels are compared without the white space around them. The
+perplexity is that of the reference answer and its stop token, under the mask that training uses.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_kit.code_execution import ExecutionResult, run_assertions
+from qlora_kit.data.chat import control_tokens, render_prompts
+from qlora_kit.data.encoding import BATCH_ROWS, Encoded, Unencodable, encode_batch
+from qlora_kit.data.ledger import Problem, data_error, split_source
+from qlora_kit.errors import ConfigError
+from qlora_kit.formats import Example, Message
+from qlora_kit.generation import Completion, FinishReason, Sampling, generate
+from qlora_kit.likelihood import answer_nlls
+from qlora_kit.metrics import (
+    METRICS,
+    Score,
+    accuracy_rows,
+    chrf_rows,
+    exact_match_rows,
+    perplexity,
+    score_perplexity,
+    score_rows,
+    score_text,
+    token_f1_rows,
+)
+from qlora_kit.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+STOP_RATE = "stop_rate"
+PASS_AT_1 = "pass@1"
+PERPLEXITY = "perplexity"
+CODE_PROCESSES = 8
+
+Progress = Callable[[int, int], None]
+"""Called with the steps done and the steps in all."""
+
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
+_ROW_SCORERS: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
+    "accuracy": accuracy_rows,
+    "macro_f1": accuracy_rows,
+    "exact_match": exact_match_rows,
+    "token_f1": token_f1_rows,
+    "chrf": chrf_rows,
+    "bleu": chrf_rows,
+}
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """One scored row.
+
+    Attributes:
+        source: ``file:line``.
+        prompt: The turn that was answered.
+        reference: The row's own answer.
+        prediction: What the model answered, without the stop token.
+        finish_reason: ``stop`` when it ended by itself, ``length`` when the limit cut it.
+        score: The row by the task's first metric; by accuracy for ``macro_f1`` and by chrF for ``bleu``, which are
+            not defined for one row.
+        reason: Why a function did not pass; else empty.
+    """
+
+    source: str
+    prompt: str
+    reference: str
+    prediction: str
+    finish_reason: FinishReason
+    score: float
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """What one model scored on one task.
+
+    Attributes:
+        scores: The task's metrics in their order, then ``stop_rate``.
+        rows: Every row, in the order given.
+    """
+
+    scores: tuple[Score, ...]
+    rows: tuple[RowScore, ...]
+
+    @property
+    def stop_rate(self) -> float:
+        """Share of the generated answers that ended by themselves."""
+        return self.score(STOP_RATE).value
+
+    def score(self, metric: str) -> Score:
+        """The score by that metric.
+
+        Raises:
+            KeyError: It was not scored.
+        """
+        for score in self.scores:
+            if score.metric == metric:
+                return score
+        raise KeyError(metric)
+
+
+def scored_metrics(task: Task) -> tuple[str, ...]:
+    """The task's metrics, the headline first, and ``stop_rate``."""
+    return tuple(dict.fromkeys((*task.metrics, STOP_RATE)))
+
+
+def check_scorable(examples: Sequence[Example], task: Task, *, allow_code_execution: bool) -> None:
+    """Refuse, without any model, what could not be scored.
+
+    Raises:
+        ConfigError: The task runs generated code and nobody allowed it.
+        DataError: Rows bring no assertions although the task is scored by them.
+    """
+    if PASS_AT_1 not in task.metrics:
+        return
+    if not allow_code_execution:
+        raise ConfigError(
+            f"the task {task.name} is scored by {PASS_AT_1}, which runs the functions that the model writes",
+            expected="your permission: they run on this machine, in child processes with limits on time, memory, files "
+            "and processes, which stop mistakes but are no sandbox against malice",
+            fix="give --allow-code-execution (in Python allow_code_execution=True), best inside a container; "
+            "or leave the task or the metric out",
+        )
+    problems = []
+    for example in examples:
+        if not example.extra.get("tests"):
+            file, line = split_source(example.source)
+            expected = "a column 'tests' with the assertions that the function has to pass"
+            problems.append(Problem(file, line, "no assertions to run", expected, "add them, or remove the row"))
+    if problems:
+        raise data_error(problems)
+
+
+def score_task(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    task: Task,
+    *,
+    batch_size: int,
+    stop_token_ids: Sequence[int],
+    allow_code_execution: bool = False,
+    max_new_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> TaskScores:
+    """Generate an answer for every row and score it by the task's metrics and by ``stop_rate``.
+
+    Args:
+        model: A causal language model with the wanted adapter active.
+        tokenizer: The base's.
+        examples: Rows that end with the reference answer; a row without system turn gets the task's.
+        task: Says the metrics and the limit of an answer.
+        batch_size: Rows at once; for the perplexity at most so many.
+        stop_token_ids: Tokens that end an answer.
+        allow_code_execution: Whether ``pass@1`` may run what the model writes.
+        max_new_tokens: In place of the task's limit, in tokens.
+        progress: Called while rows are generated, run and measured; each counts as a step.
+
+    Raises:
+        ConfigError: ``pass@1`` without permission.
+        DataError: Rows without assertions for ``pass@1``, with control tokens, or that the chat template refuses.
+        GuardError: The model's logits are not finite.
+        ValueError: There are no rows.
+    """
+    if not examples:
+        raise ValueError("no rows to score")
+    _refuse_control_tokens(examples, control_tokens(tokenizer))
+    check_scorable(examples, task, allow_code_execution=allow_code_execution)
+    metrics = scored_metrics(task)
+    steps = _Steps(progress, len(examples) * (1 + (PASS_AT_1 in metrics) + (PERPLEXITY in metrics)))
+    conversations = [_with_system(example.messages, task.system_prompt) for example in examples]
+    completions = generate(
+        model,
+        render_prompts([messages[:-1] for messages in conversations], tokenizer),
+        sampling=Sampling(max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens),
+        stop_token_ids=stop_token_ids,
+        pad_token_id=_pad_token_id(tokenizer, stop_token_ids),
+        batch_size=batch_size,
+        progress=steps.at,
+    )
+    steps.next_pass(len(examples))
+    answers = _Answers(
+        predictions=[tokenizer.decode(list(one.token_ids), skip_special_tokens=False) for one in completions],
+        references=[messages[-1].content for messages in conversations],
+        stopped=[float(one.finish_reason == "stop") for one in completions],
+    )
+    if PASS_AT_1 in metrics:
+        answers.verdicts = run_answers(answers.predictions, [example.extra["tests"] for example in examples], steps.at)
+        steps.next_pass(len(examples))
+    if PERPLEXITY in metrics:
+        encoded = _encode(examples, conversations, tokenizer)
+        pad_token_id = _pad_token_id(tokenizer, stop_token_ids)
+        answers.tokens = [row.supervised_tokens for row in encoded]
+        answers.nll_sums = answer_nlls(
+            model, encoded, batch_size=batch_size, pad_token_id=pad_token_id, progress=steps.at
+        )
+    scores = tuple(answers.score(metric) for metric in metrics)
+    return TaskScores(scores, _rows(examples, completions, answers, metrics[0]))
+
+
+def _refuse_control_tokens(examples: Sequence[Example], tokens: Sequence[str]) -> None:
+    """A text that holds the end of a turn would be another conversation than the row says."""
+    problems = []
+    for example in examples:
+        texts = [message.content for message in example.messages]
+        found = next((token for token in tokens if any(token in text for text in texts)), None)
+        if found is not None:
+            what = f"a turn holds the control token {found}"
+            fix = "remove the token from the text, or remove the row"
+            problems.append(Problem(*split_source(example.source), what, "plain text", fix))
+    if problems:
+        raise data_error(problems)
+
+
+def _rows(
+    examples: Sequence[Example], completions: Sequence[Completion], answers: _Answers, metric: str
+) -> tuple[RowScore, ...]:
+    values = answers.row_scores(metric)
+    verdicts = answers.verdicts
+    return tuple(
+        RowScore(
+            source=example.source,
+            prompt=example.messages[-2].content if len(example.messages) > 1 else "",
+            reference=answers.references[index],
+            prediction=answers.predictions[index],
+            finish_reason=completions[index].finish_reason,
+            score=values[index],
+            reason=verdicts[index].reason if verdicts else "",
+        )
+        for index, example in enumerate(examples)
+    )
+
+
+@dataclass
+class _Answers:
+    """What the metrics are computed from, row by row; lists stay empty where no metric needs them."""
+
+    predictions: list[str]
+    references: list[str]
+    stopped: list[float]
+    verdicts: Sequence[ExecutionResult] = ()
+    nll_sums: Sequence[float] = ()
+    tokens: Sequence[int] = ()
+
+    def score(self, metric: str) -> Score:
+        """The metric over all rows."""
+        if METRICS[metric].source == "text":
+            return score_text(metric, self.predictions, self.references)
+        if metric == PERPLEXITY:
+            return score_perplexity(self.nll_sums, self.tokens)
+        return score_rows(metric, self.row_scores(metric))
+
+    def row_scores(self, metric: str) -> list[float]:
+        """The metric, or what comes nearest to it, of each row."""
+        if metric == STOP_RATE:
+            return self.stopped
+        if metric == PASS_AT_1:
+            return [float(verdict.passed) for verdict in self.verdicts]
+        if metric == PERPLEXITY:
+            return [perplexity(nll, tokens) for nll, tokens in zip(self.nll_sums, self.tokens, strict=True)]
+        return _ROW_SCORERS[metric](self.predictions, self.references)
+
+
+class _Steps:
+    """Adds the passes over the rows up to one count for ``progress``."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._before = progress, total, 0
+
+    def at(self, done: int) -> None:
+        """So many rows of this pass are done."""
+        if self._progress is not None:
+            self._progress(self._before + done, self._total)
+
+    def next_pass(self, rows: int) -> None:
+        """A pass over ``rows`` rows is over."""
+        self._before += rows
+
+
+def _with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
+    if not system_prompt or messages[0].role == "system":
+        return tuple(messages)
+    return (Message("system", system_prompt), *messages)
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int:
+    """Padding is masked, so that any token serves where the tokenizer has none of its own."""
+    return stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def code_of(answer: str) -> str:
+    """The code in an answer: its first Markdown block where it has one, as chat models write it, else the whole."""
+    block = _FENCED.search(answer)
+    return answer if block is None else block.group(1)
+
+
+def run_answers(
+    answers: Sequence[str], tests: Sequence[Sequence[str]], progress: Callable[[int], None] | None = None
+) -> list[ExecutionResult]:
+    """Run each answer's code with its row's assertions, a few child processes at a time.
+
+    Args:
+        answers: What the model wrote; see ``code_of``.
+        tests: The assertions of each row.
+        progress: Called with the number of rows done.
+    """
+    results: list[ExecutionResult] = []
+    with ThreadPoolExecutor(min(CODE_PROCESSES, os.cpu_count() or 1)) as pool:
+        for result in pool.map(run_assertions, map(code_of, answers), tests):  # an exception cancels what waits
+            results.append(result)
+            if progress is not None:
+                progress(len(results))
+    return results
+
+
+def _encode(
+    examples: Sequence[Example], conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase
+) -> list[Encoded]:
+    encoded: list[Encoded] = []
+    problems: list[Problem] = []
+    for start in range(0, len(examples), BATCH_ROWS):
+        batch = encode_batch(conversations[start : start + BATCH_ROWS], tokenizer, loss_on="last")
+        for example, row in zip(examples[start : start + BATCH_ROWS], batch, strict=True):
+            if isinstance(row, Unencodable):
+                problems.append(Problem(*split_source(example.source), row.reason, row.expected, row.fix))
+            else:
+                encoded.append(row)
+    if problems:
+        raise data_error(problems)
+    return encoded

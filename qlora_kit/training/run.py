@@ -1,0 +1,280 @@
+"""Train one adapter: cheap checks, the 4-bit base, LoRA on it, TRL's SFTTrainer, then the published files."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import set_seed
+from trl import SFTConfig
+
+from qlora_kit.config import RunConfig
+from qlora_kit.data.chat import control_tokens
+from qlora_kit.data.encoding import encode_examples
+from qlora_kit.data.preparing import PreparedData, prepare
+from qlora_kit.errors import ConfigError, Interrupted, QloraKitError
+from qlora_kit.models import (
+    BaseRef,
+    attach_lora,
+    compute_dtype,
+    default_device,
+    load_base_model,
+    load_tokenizer,
+    quantization_facts,
+    resolve_base,
+    trainable_parameters,
+)
+from qlora_kit.training.callbacks import (
+    EXIT_CODES,
+    GuardedTrainer,
+    ProgressCallback,
+    StopOnSignal,
+    TrainingProgress,
+)
+from qlora_kit.training.contract import Trained, write_run_files
+from qlora_kit.training.run_folder import (
+    clear_run_folder,
+    leave_nothing_unfinished,
+    open_run_folder,
+    publish,
+    require_space_for_run,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        output_dir: The run folder.
+        steps: Optimizer steps in all.
+        train_loss: Mean loss over the run's last log interval.
+        eval_loss: Validation loss of the adapter that was kept; None without validation data.
+        tokens_per_second: Tokens through the model, padding left out, over the training time with its evaluations.
+        supervised_tokens: Tokens of one epoch that the loss sees.
+        trainable_parameters: Numbers trained.
+        peak_bytes: Peak memory: allocated on the GPU, else resident in the process.
+        resumed_from: The checkpoint it went on from, or None.
+        seconds: Training time.
+        history: Log lines, oldest first.
+    """
+
+    output_dir: str
+    steps: int
+    train_loss: float
+    eval_loss: float | None
+    tokens_per_second: float
+    supervised_tokens: int
+    trainable_parameters: int
+    peak_bytes: int
+    resumed_from: str | None
+    seconds: float
+    history: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``--json`` prints; the history stays in ``metrics.json``."""
+        return {name: value for name, value in asdict(self).items() if name != "history"}
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> TrainResult:
+    """Train the adapter that ``config`` describes and leave it in its run folder.
+
+    Args:
+        config: From ``load_config``.
+        resume: Go on from the newest complete checkpoint of the run folder.
+        overwrite: Replace an occupied run folder.
+        progress: Told after every step.
+
+    Raises:
+        ConfigError, DataError, BaseModelError, OutputError: Something given is wrong; nothing was trained.
+        GuardError: The loss became non-finite.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    folder = Path(config.output_dir)
+    checkpoint = open_run_folder(folder, resume=resume, overwrite=overwrite)
+    ref = resolve_base(config.model.base, config.model.revision)
+    tokenizer = load_tokenizer(ref)
+    data = prepare(config, control_tokens=control_tokens(tokenizer))
+    train_rows, validation_rows = _encode(config, data, tokenizer)
+    device = default_device()
+    arguments = _sft_config(config, device)
+    model, quantization = _load_model(config, ref, device)
+    adapter_bytes = trainable_parameters(model) * torch.float32.itemsize
+    require_space_for_run(folder, adapter_bytes=adapter_bytes, checkpoints=config.train.save_total_limit)
+    if checkpoint is None:
+        clear_run_folder(folder)
+    try:
+        trainer, seconds = _run(
+            model, arguments, tokenizer, (train_rows, validation_rows), checkpoint=checkpoint, progress=progress
+        )
+        metrics = _metrics(trainer, data, seconds)
+        trained = Trained(
+            config=config,
+            ref=ref,
+            model=model,
+            tokenizer=tokenizer,
+            quantization=quantization,
+            ledger=data.ledger,
+            metrics=metrics,
+            history=tuple(trainer.state.log_history),
+        )
+        publish(folder, lambda staging: write_run_files(trained, staging))
+    except BaseException:
+        leave_nothing_unfinished(folder)
+        raise
+    return TrainResult(
+        output_dir=str(folder),
+        resumed_from=None if checkpoint is None else str(checkpoint),
+        history=trained.history,
+        **metrics,
+    )
+
+
+def _encode(
+    config: RunConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    splits = {"train": data.train, "validation": data.validation}
+    train_rows, validation_rows = (
+        encode_examples(
+            examples,
+            tokenizer,
+            max_length=config.train.max_length,
+            loss_on=config.data.loss_on,
+            overlength=config.data.overlength,
+            ledger=data.ledger,
+            split=split,
+        )
+        if examples
+        else None
+        for split, examples in splits.items()
+    )
+    return train_rows, validation_rows
+
+
+def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
+    """TRL's configuration: the user's fields, and those that the kit decides."""
+    dtype = compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
+    arguments = config.sft_arguments()
+    arguments |= {
+        "output_dir": config.output_dir,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        # The rows are tokenised, masked and cut already; TRL prepares them only to pack them.
+        "dataset_kwargs": {"skip_prepare_dataset": not arguments["packing"]},
+        "eval_packing": arguments["packing"],
+    }
+    try:
+        return SFTConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"train: {error}",
+            expected="values that TRL's SFTConfig accepts together",
+            fix="correct the train section; the fields are documented with SFTConfig and TrainingArguments",
+        ) from error
+
+
+def _load_model(config: RunConfig, ref: BaseRef, device: torch.device) -> tuple[PeftModel, dict[str, Any]]:
+    """The base with a new adapter on it, and the quantization facts of the untouched base."""
+    set_seed(config.train.seed)
+    base = load_base_model(ref, config.quantization, device=device)
+    facts = quantization_facts(config.quantization, base)
+    return attach_lora(base, config.lora), facts
+
+
+def _run(
+    model: PeftModel,
+    arguments: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[Dataset, Dataset | None],
+    *,
+    checkpoint: Path | None,
+    progress: Callable[[TrainingProgress], None] | None,
+) -> tuple[GuardedTrainer, float]:
+    """Train; the trainer and the seconds it took."""
+    import datasets
+
+    stop = StopOnSignal()
+    datasets.disable_progress_bars()
+    trainer = GuardedTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        processing_class=tokenizer,
+        callbacks=[stop] if progress is None else [stop, ProgressCallback(progress)],
+    )
+    _keep_master_weights_in_fp32(model)
+    began = time.monotonic()
+    with stop.listening():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.received is not None:
+        raise _interrupted(stop, trainer)
+    return trainer, time.monotonic() - began
+
+
+def _keep_master_weights_in_fp32(model: PeftModel) -> None:
+    """Undo TRL's cast of the adapter to bf16, which loses small updates and makes a resumed run differ."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
+    signal_name = "a signal" if stop.received is None else stop.received.name
+    error = Interrupted(
+        f"stopped by {signal_name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
+        expected="the run to end by itself",
+        fix="go on from the checkpoint of this step with --resume",
+    )
+    if stop.received is not None:
+        error.exit_code = EXIT_CODES[stop.received]
+    return error
+
+
+def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float) -> dict[str, Any]:
+    """The figures of the run, as ``TrainResult`` names them."""
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0.0)
+    best = trainer.state.best_metric
+    latest = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": losses[-1] if losses else trainer.state.log_history[-1]["train_loss"],
+        "eval_loss": best if best is not None else (latest[-1] if latest else None),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "supervised_tokens": data.ledger.supervised_tokens["train"],
+        "trainable_parameters": trainable_parameters(trainer.model),
+        "peak_bytes": _peak_bytes(),
+        "seconds": round(seconds, 2),
+    }
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,102 @@
+"""The run folder: may a run write there, which checkpoint does it go on from, how does a finished adapter appear."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_kit.adapters import CONTRACT_FILE
+from qlora_kit.atomic import require_free_space
+from qlora_kit.errors import OutputError
+
+CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,9})$")
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+FREE_SPACE_FACTOR = 1.2
+
+
+def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Check that a run may write into ``folder`` and return the checkpoint to resume from.
+
+    Nothing is removed yet: ``clear_run_folder`` does that once all other checks have passed.
+
+    Raises:
+        OutputError: The folder is occupied and neither option was given, or there is nothing to resume.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file", expected="a folder, or a free name", fix="choose another output_dir")
+    if resume:
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None:
+            raise OutputError(
+                f"{folder}: no complete checkpoint to resume from",
+                expected=f"a folder checkpoint-N that holds {', '.join(CHECKPOINT_FILES)}",
+                fix="start without --resume",
+            )
+        return checkpoint
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise OutputError(
+            f"{folder} is occupied",
+            expected="a free or empty folder for a new run",
+            fix="--resume goes on from its newest checkpoint, --overwrite replaces it, output_dir=... goes elsewhere",
+        )
+    return None
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Make ``folder`` an empty folder.
+
+    Raises:
+        OutputError: It cannot be emptied or made.
+    """
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be made ({error.strerror})",
+            expected="a place that this user may write to",
+            fix="set another output_dir, or mend the permissions",
+        ) from error
+
+
+def require_space_for_run(folder: Path, *, adapter_bytes: int, checkpoints: int) -> None:
+    """Refuse a disk that cannot hold the run: each checkpoint keeps the adapter and two optimizer moments in fp32.
+
+    Raises:
+        OutputError: Too little space.
+    """
+    sets = checkpoints + 1  # one more is written before the oldest goes
+    require_free_space(folder, int(FREE_SPACE_FACTOR * adapter_bytes * (3 * sets + 1)))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step that has all its files."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := CHECKPOINT.match(path.name))]
+    complete = [(step, path) for step, path in found if all((path / name).is_file() for name in CHECKPOINT_FILES)]
+    return max(complete)[1] if complete else None
+
+
+def leave_nothing_unfinished(folder: Path) -> None:
+    """After a failure: remove the folder unless it holds a checkpoint worth keeping."""
+    if folder.is_dir() and newest_checkpoint(folder) is None and not (folder / CONTRACT_FILE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary folder, then move its files into ``folder``, the contract last.
+
+    A run folder looks finished only once the contract is there.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=".final.", suffix=".partial", dir=folder))
+    try:
+        write(staging)
+        (folder / CONTRACT_FILE).unlink(missing_ok=True)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == CONTRACT_FILE):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
