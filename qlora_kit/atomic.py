@@ -44,7 +44,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         try:
             with _disk_errors(target, temporary):
                 temporary.mkdir()
-            with _full_disk_errors(target):
+            with full_disk_errors(target):
                 yield temporary
                 _sync_tree(temporary)
             with _disk_errors(target, temporary):
@@ -69,7 +69,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with _disk_errors(path, temporary):
             temporary.touch(exist_ok=False)
-        with _full_disk_errors(path):
+        with full_disk_errors(path):
             yield temporary
         with _disk_errors(path, temporary):
             _sync(temporary)
@@ -228,7 +228,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _full_disk_errors(target: Path) -> Iterator[None]:
+def full_disk_errors(target: Path) -> Iterator[None]:
     """Turn a full disk, as Python or as a library reports it, into an OutputError; leave other errors alone."""
     try:
         yield
@@ -260,5 +260,5 @@ def _full_disk(target: Path) -> OutputError:
     return OutputError(
         f"{target}: the disk is full (or a quota is used up)",
         expected="enough free space for the whole output",
-        fix="free some space, or write to another disk; nothing of the output was kept",
+        fix="free some space, or write to another disk; nothing that looks finished was kept",
     )

@@ -95,6 +95,8 @@ class Engine:
         self._linear_shapes = linear_shapes(self.model)
         self._facts = base_facts(self.ref, self.tokenizer, quantization_facts(self.quantization, self.model))
         self._peft: PeftModel | None = None
+        # PEFT's own name of each adapter: some names (train, keys, lora) clash with attributes of its modules.
+        self._slots: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
         self._contracts: dict[str, AdapterContract | None] = {}
 
@@ -138,18 +140,20 @@ class Engine:
         contract = AdapterContract.load(folder) if (folder / CONTRACT_FILE).exists() else None
         if contract is not None:
             contract.require_match(self._facts)
-        self._attach(folder, name)
+        slot = f"slot-{len(self._slots)}"
+        self._attach(folder, slot)
+        self._slots[name] = slot
         self._folders[name] = folder.resolve()
         self._contracts[name] = contract
         return name
 
-    def _attach(self, folder: Path, name: str) -> None:
+    def _attach(self, folder: Path, slot: str) -> None:
         from peft import PeftModel
 
         if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self.model, folder, adapter_name=name, is_trainable=False)
+            self._peft = PeftModel.from_pretrained(self.model, folder, adapter_name=slot, is_trainable=False)
         else:
-            self._peft.load_adapter(folder, adapter_name=name, is_trainable=False)
+            self._peft.load_adapter(folder, adapter_name=slot, is_trainable=False)
         self._peft.eval()
 
     @contextmanager
@@ -163,7 +167,7 @@ class Engine:
             with self._peft.disable_adapter():
                 yield self.model
         else:
-            self._peft.set_adapter(adapter)
+            self._peft.set_adapter(self._slots[adapter])
             yield self.model
 
     def generate(

@@ -94,6 +94,12 @@ def read_model_config(ref: BaseRef) -> dict[str, Any]:
             expected="the config.json of a transformers causal language model",
             fix="point model.base at the folder that holds the whole checkpoint",
         ) from error
+    if not isinstance(config, dict):
+        raise BaseModelError(
+            f"{path}: holds {type(config).__name__}, not an object",
+            expected="the config.json of a transformers causal language model",
+            fix="point model.base at the folder that holds the whole checkpoint",
+        )
     if "auto_map" in config:
         raise BaseModelError(
             f"{path}: the model brings code of its own (auto_map)",
@@ -137,6 +143,8 @@ def load_tokenizer(ref: BaseRef) -> PreTrainedTokenizerBase:
             expected="a chat template, since conversations are rendered with it",
             fix="use the instruct version of the base, or put its chat_template.jinja into the folder",
         )
+    if tokenizer.pad_token is None:  # Llama has none; padding is never attended to and never supervised
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -163,10 +171,13 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The base on ``device``, its linear layers quantized to 4 bits while loading if ``quantization`` says so.
 
+    Its generation defaults are emptied: how tokens are chosen is said by ``generation.Sampling`` alone.
+
     Raises:
-        BaseModelError: transformers cannot load it.
+        BaseModelError: transformers cannot load it, or weights are missing (it would make them up).
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     device = default_device() if device is None else device
     dtype = compute_dtype(quantization.bnb_4bit_compute_dtype, device)
@@ -179,7 +190,7 @@ def load_base_model(
             bnb_4bit_compute_dtype=dtype,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             ref.path,
             quantization_config=settings,
             dtype=dtype,
@@ -187,14 +198,23 @@ def load_base_model(
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"{ref.path}: the model cannot be loaded ({error})",
             expected="a complete causal language model in safetensors",
             fix="check that every shard is there and unbroken",
         ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise BaseModelError(
+            f"{ref.path}: {len(missing)} weights are missing, the first is {missing[0]}",
+            expected="every weight that config.json describes",
+            fix="check that every shard is there and unbroken",
+        )
     _keep_4bit_weights_as_they_are(model)
+    model.generation_config = GenerationConfig()
     return model
 
 

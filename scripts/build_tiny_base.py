@@ -106,6 +106,25 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
+def write_card(out: Path, figures: dict[str, float]) -> None:
+    """The model card, with the figures of the run that made the weights; they stand in ``pretraining.json`` too."""
+    (out / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    template = Path(pretraining.__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    card = template.format(
+        **figures,
+        millions=figures["tokens"] / 1e6,
+        minutes=figures["seconds"] / 60,
+        architecture=config["architectures"][0],
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+    )
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -126,7 +145,8 @@ def main() -> None:
     figures = pretraining.pretrain(model, stream, steps=arguments.steps, seed=SEED, work=arguments.work)
     save(model, wrapped, arguments.out)
     figures |= {"steps": arguments.steps, "tokens": pretraining.tokens_seen(arguments.steps)}
-    (arguments.out / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
+    figures["chunks"] = int((arguments.work / "chunks").read_text())
+    write_card(arguments.out, figures)
     print(json.dumps(figures))
 
 

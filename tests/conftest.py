@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from qlora_kit.training import TrainResult
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -110,3 +113,43 @@ def random_base(
     random_model.save_pretrained(folder)
     chatml_tokenizer.save_pretrained(folder)
     return folder
+
+
+REVIEW_WORDS = {"positive": "good nice great lovely", "negative": "bad cold slow awful", "neutral": "round red here plain"}
+
+
+@pytest.fixture(scope="session")
+def run_yaml(random_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentiment config on ``random_base`` with 48 / 9 / 6 short rows beside it; one epoch is 6 steps."""
+    folder = tmp_path_factory.mktemp("reviews")
+    things = ["soup", "room", "film", "walk", "game", "town", "book"]
+    rows = [
+        {"text": f"The {thing} is {word}.", "label": label}
+        for thing in things
+        for place in range(4)
+        for label, words in REVIEW_WORDS.items()
+        for word in [words.split()[place]]
+    ]
+    for name, chosen in (("train", rows[:48]), ("validation", rows[48:57]), ("test", rows[57:63])):
+        lines = "".join(json.dumps(row) + "\n" for row in chosen)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    config = folder / "run.yaml"
+    config.write_text(
+        f"name: reviews\ntask: sentiment\nmodel: {{base: {random_base}}}\nlora: {{r: 4, lora_alpha: 8}}\n"
+        f"data: {{train: {folder}/train.jsonl, validation: {folder}/validation.jsonl, test: {folder}/test.jsonl}}\n"
+        "train: {max_length: 256, per_device_train_batch_size: 8, learning_rate: 1.0e-2, num_train_epochs: 2,\n"
+        "  logging_steps: 1, warmup_steps: 0}\n"
+        "eval: {max_new_tokens: 4}\n",
+        encoding="utf-8",
+    )
+    return config
+
+
+@pytest.fixture(scope="session")
+def trained_run(run_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainResult]:
+    """The folder of a run of ``run_yaml`` and its result: 12 steps, two evaluations. Not to be changed."""
+    from qlora_kit.config import load_config
+    from qlora_kit.training import train
+
+    folder = tmp_path_factory.mktemp("runs") / "reviews"
+    return folder, train(load_config(run_yaml, [f"output_dir={folder}"]))

@@ -13,14 +13,28 @@ if TYPE_CHECKING:
 def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engine:
     """An engine on ``base``, or where it is None on the base of the first adapter that has a contract, else ``tiny``.
 
-    The adapter's contract also says whether the base is loaded in 4 bits.
+    The adapter's contract also says whether the base is loaded in 4 bits. Adapters of other weights are refused here,
+    before the base is loaded; ``Engine.load`` compares the rest.
+
+    Raises:
+        AdapterError: No such adapter, or it was trained on another base.
+        BaseModelError: The base cannot be found or loaded.
     """
-    from qlora_kit.adapters import AdapterStore
+    from qlora_kit.adapters import AdapterStore, BaseFacts, base_fingerprint
     from qlora_kit.config import QuantizationSection
+    from qlora_kit.models import resolve_base
+
+    shown = [AdapterStore(store).show(adapter).contract for adapter in adapters]
+    contracts = [contract for contract in shown if contract is not None]
+    contract = next(iter(contracts), None)
+    if contract is not None:
+        named = contract.base.id if base is None else base
+        ref = resolve_base(named, contract.base.revision if base is None else None)
+        facts = BaseFacts(ref.id, ref.revision, fingerprint=base_fingerprint(ref.path))
+        for other in contracts:
+            other.require_match(facts)
     from qlora_kit.engine import Engine
 
-    contracts = [AdapterStore(store).show(adapter).contract for adapter in adapters]
-    contract = next((contract for contract in contracts if contract is not None), None)
     if contract is None:
         return Engine("tiny" if base is None else base, store=store)
     known = QuantizationSection.model_fields

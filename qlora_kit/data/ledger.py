@@ -92,6 +92,7 @@ class Ledger:
         problems: Every fault found, also those that stop the run.
         notes: Harmless facts worth telling (a byte order mark).
         rows: Rows read, by split.
+        files: Each file read: its split, its path, its rows.
         supervised_tokens: Tokens that the loss sees, by split.
         total_tokens: Tokens in all, by split.
     """
@@ -100,6 +101,7 @@ class Ledger:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rows: Counter[str] = field(default_factory=Counter)
+    files: list[tuple[str, Path, int]] = field(default_factory=list)
     supervised_tokens: Counter[str] = field(default_factory=Counter)
     total_tokens: Counter[str] = field(default_factory=Counter)
 

@@ -126,6 +126,7 @@ class _Examination:
 
     def _read_file(self, split: _Split, file: Path) -> list[Row]:
         rows: list[Row] = []
+        rows_before = self.ledger.rows[split.name]
         for item in read_rows(file):
             if isinstance(item, Note):
                 self.ledger.notes.append(item.text)
@@ -134,6 +135,7 @@ class _Examination:
             else:
                 self._refuse(split, item)
         self.ledger.rows[split.name] += len(rows)
+        self.ledger.files.append((split.name, file, self.ledger.rows[split.name] - rows_before))
         return rows
 
     def _refuse(self, split: _Split, problem: Problem) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -81,8 +82,16 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None:
             control.should_save = True
-            control.should_evaluate = False
             control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The trainer ends an epoch that it breaks off; an evaluation there would be one that no whole run makes, and
+        # the resumed run could keep another adapter than it.
+        if self.received is not None and not float(state.epoch or 0).is_integer():
+            control.should_evaluate = False
+            control.should_save = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -104,7 +113,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class GuardedTrainer(SFTTrainer):
-    """TRL's trainer, stopped by the first loss that is not a finite number."""
+    """TRL's trainer, stopped by the first training or validation loss that is not a finite number."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -115,3 +124,14 @@ class GuardedTrainer(SFTTrainer):
                 fix="lower train.learning_rate, or look at the rows of this step; the last checkpoint is kept",
             )
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        loss = metrics["eval_loss"]
+        if not math.isfinite(loss):
+            raise GuardError(
+                f"the validation loss became {loss} after step {self.state.global_step}",
+                expected="a finite loss",
+                fix="lower train.learning_rate, or look at the validation rows; the last checkpoint is kept",
+            )
+        return metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,7 +15,6 @@ from qlora_kit.adapters import AdapterContract, BaseIdentity, DataFile, base_fin
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.data.reading import find_files
 from qlora_kit.models import BaseRef
 
 if TYPE_CHECKING:
@@ -54,12 +54,14 @@ def write_run_files(trained: Trained, folder: Path) -> None:
     adapter = trained.model.peft_config["default"]
     adapter.base_model_name_or_path = trained.ref.id
     adapter.revision = trained.ref.revision
-    trained.model.save_pretrained(folder, safe_serialization=True)
+    if isinstance(adapter.target_modules, set):  # a set's order, and with it the file, differs between processes
+        adapter.target_modules = sorted(adapter.target_modules)
+    trained.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     trained.tokenizer.save_pretrained(folder)
     (folder / "config.yaml").write_text(trained.config.to_yaml(), encoding="utf-8")
     trained.ledger.write(folder / "ledger.jsonl")
-    record = {**trained.metrics, "history": list(trained.history)}
-    (folder / "metrics.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    record = {**trained.metrics, "history": [_plain_json(entry) for entry in trained.history]}
+    (folder / "metrics.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_card(trained), encoding="utf-8")
     make_contract(trained).save(folder)
 
@@ -87,14 +89,18 @@ def make_contract(trained: Trained) -> AdapterContract:
 
 
 def _data_files(trained: Trained) -> tuple[DataFile, ...]:
-    data = trained.config.data
-    named = {"train": data.train, "validation": data.validation}
     return tuple(
-        DataFile(split, file.name, _sha256(file), trained.ledger.rows[split])
-        for split, paths in named.items()
-        for path in paths
-        for file in find_files(trained.config.resolve(path))
+        DataFile(split, file.name, _sha256(file), rows)
+        for split, file, rows in sorted(trained.ledger.files)
+        if split != "test"
     )
+
+
+def _plain_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log line without NaN and infinity (a gradient norm where fp16 overflowed), which JSON does not have."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
+    }
 
 
 def _sha256(path: Path) -> str:

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
+from qlora_kit.atomic import full_disk_errors
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
 from qlora_kit.data.encoding import encode_examples
 from qlora_kit.data.preparing import PreparedData, prepare
-from qlora_kit.errors import ConfigError, Interrupted, QloraKitError
+from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.models import (
     BaseRef,
     attach_lora,
@@ -45,6 +46,7 @@ from qlora_kit.training.run_folder import (
     open_run_folder,
     publish,
     require_space_for_run,
+    step_of,
 )
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ def train(
 
     Raises:
         ConfigError, DataError, BaseModelError, OutputError: Something given is wrong; nothing was trained.
-        GuardError: The loss became non-finite.
+        GuardError: The loss, or a trained weight, became non-finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     folder = Path(config.output_dir)
@@ -124,21 +126,22 @@ def train(
     if checkpoint is None:
         clear_run_folder(folder)
     try:
-        trainer, seconds = _run(
-            model, arguments, tokenizer, (train_rows, validation_rows), checkpoint=checkpoint, progress=progress
-        )
-        metrics = _metrics(trainer, data, seconds)
-        trained = Trained(
-            config=config,
-            ref=ref,
-            model=model,
-            tokenizer=tokenizer,
-            quantization=quantization,
-            ledger=data.ledger,
-            metrics=metrics,
-            history=tuple(trainer.state.log_history),
-        )
-        publish(folder, lambda staging: write_run_files(trained, staging))
+        with full_disk_errors(folder):
+            trainer, seconds = _run(
+                model, arguments, tokenizer, (train_rows, validation_rows), checkpoint=checkpoint, progress=progress
+            )
+            metrics = _metrics(trainer, data, seconds, first_step=0 if checkpoint is None else step_of(checkpoint))
+            trained = Trained(
+                config=config,
+                ref=ref,
+                model=model,
+                tokenizer=tokenizer,
+                quantization=quantization,
+                ledger=data.ledger,
+                metrics=metrics,
+                history=tuple(trainer.state.log_history),
+            )
+            publish(folder, lambda staging: write_run_files(trained, staging))
     except BaseException:
         leave_nothing_unfinished(folder)
         raise
@@ -226,13 +229,16 @@ def _run(
         processing_class=tokenizer,
         callbacks=[stop] if progress is None else [stop, ProgressCallback(progress)],
     )
+    trainer.remove_callback(PrinterCallback)  # it writes to stdout, which holds results only
     _keep_master_weights_in_fp32(model)
     began = time.monotonic()
     with stop.listening():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.received is not None:
         raise _interrupted(stop, trainer)
-    return trainer, time.monotonic() - began
+    seconds = time.monotonic() - began
+    _require_finite_weights(model)
+    return trainer, seconds
 
 
 def _keep_master_weights_in_fp32(model: PeftModel) -> None:
@@ -240,6 +246,21 @@ def _keep_master_weights_in_fp32(model: PeftModel) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def _require_finite_weights(model: PeftModel) -> None:
+    """The last step's update is seen by no loss any more.
+
+    Raises:
+        GuardError: A trained weight is NaN or infinite.
+    """
+    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+    if broken:
+        raise GuardError(
+            f"{len(broken)} trained tensors hold values that are not finite, the first is {broken[0]}",
+            expected="finite weights",
+            fix="lower train.learning_rate; the last checkpoint is kept",
+        )
 
 
 def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
@@ -254,12 +275,14 @@ def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
     return error
 
 
-def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float) -> dict[str, Any]:
-    """The figures of the run, as ``TrainResult`` names them."""
+def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float, *, first_step: int) -> dict[str, Any]:
+    """The figures of the run, as ``TrainResult`` names them; ``seconds`` count from ``first_step`` on."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    tokens = max((entry["num_tokens"] for entry in history if "num_tokens" in entry), default=0.0)
-    best = trainer.state.best_metric
+    # TRL counts tokens anew in a resumed run, whose history holds the older counts too.
+    counts = [entry["num_tokens"] for entry in history if "num_tokens" in entry and entry["step"] > first_step]
+    tokens = max(counts, default=0.0)
+    best = trainer.state.best_metric if trainer.args.load_best_model_at_end else None
     latest = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "steps": trainer.state.global_step,

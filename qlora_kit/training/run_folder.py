@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from qlora_kit.errors import OutputError
 
 CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,9})$")
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+LEFTOVER = re.compile(r"^\.final\..*\.partial$")
 FREE_SPACE_FACTOR = 1.2
 
 
@@ -24,8 +26,15 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
     Nothing is removed yet: ``clear_run_folder`` does that once all other checks have passed.
 
     Raises:
-        OutputError: The folder is occupied and neither option was given, or there is nothing to resume.
+        OutputError: The folder is occupied and neither option was given, there is nothing to resume, or what would be
+            replaced is not a run folder.
     """
+    if resume and overwrite:
+        raise OutputError(
+            "--resume and --overwrite exclude each other",
+            expected="one of the two",
+            fix="--resume goes on from the newest checkpoint, --overwrite begins anew",
+        )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file", expected="a folder, or a free name", fix="choose another output_dir")
     if resume:
@@ -43,7 +52,21 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
             expected="a free or empty folder for a new run",
             fix="--resume goes on from its newest checkpoint, --overwrite replaces it, output_dir=... goes elsewhere",
         )
+    if overwrite:
+        _require_run_folder(folder)
     return None
+
+
+def _require_run_folder(folder: Path) -> None:
+    """Let ``--overwrite`` delete what a run wrote, and nothing else: output_dir may be mistyped."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    made_by_run = any(name == CONTRACT_FILE or CHECKPOINT.match(name) or LEFTOVER.match(name) for name in names)
+    if names and not made_by_run:
+        raise OutputError(
+            f"{folder}: no training run wrote this folder, so that it is not replaced",
+            expected=f"a run folder, with {CONTRACT_FILE} or a checkpoint-N in it",
+            fix="set another output_dir, or remove the folder yourself",
+        )
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -76,9 +99,24 @@ def require_space_for_run(folder: Path, *, adapter_bytes: int, checkpoints: int)
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint with the highest step that has all its files."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := CHECKPOINT.match(path.name))]
-    complete = [(step, path) for step, path in found if all((path / name).is_file() for name in CHECKPOINT_FILES)]
-    return max(complete)[1] if complete else None
+    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.match(path.name)]
+    return max(filter(_is_complete, found), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was saved."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """The trainer writes its state last: where that is whole, the other files are."""
+    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
+        return False
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
 
 
 def leave_nothing_unfinished(folder: Path) -> None:

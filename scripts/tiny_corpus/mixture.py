@@ -24,7 +24,7 @@ DOMAINS: dict[str, tuple[float, Callable[[random.Random], str]]] = {
     "stories": (0.09, stories.passage),
     "copying": (0.09, copying.passage),
 }
-# Words that stand after a block's start; what follows has nothing to do with the word. The chat roles are among them, so
+# Words that stand after a block's start; what follows has nothing to do with them. The chat roles are among them, so
 # that no token of the chat template stays untrained.
 HEADINGS = ("note", "text", "page", "list", "letter", "user", "assistant", "system")
 BLOCKS_SHARE = 0.5

@@ -47,9 +47,9 @@ class Stage:
 
 # Looking back is taught first and alone: mixed with text, 4 M tokens did not teach it at all (copy loss 7.6).
 STAGES = (
-    Stage(0.20, 32, 128, 1.0, periodic_token_ids),
-    Stage(0.56, 32, 256, 0.08, repeated_token_ids),
-    Stage(0.24, 16, 512, 0.06, repeated_token_ids),
+    Stage(0.38, 32, 128, 1.0, periodic_token_ids),
+    Stage(0.46, 32, 256, 0.08, repeated_token_ids),
+    Stage(0.16, 16, 512, 0.06, repeated_token_ids),
 )
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.4

@@ -2,7 +2,7 @@
 
 A review is ``[opener] core [closer]``. The core is one or two clauses joined by a connector; a clause is a frame ("I
 found it"), a kind of predicate ("far from {a}") and its adjectives. A clause is worth +1, -1 or 0: a negation flips its
-adjective, and a pair of adjectives that disagree is worth 0. The deciding clause is the one that the connector stresses;
+adjective, and a pair of adjectives that disagree is worth 0. The clause that the connector stresses decides;
 what other people say, a question or an expectation never decides. The *combination* is the core's frames, kinds and
 connector without the adjectives and nouns: the same skeleton appears with every label, and no two parts share one.
 """
