@@ -171,7 +171,10 @@ def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
     except ValidationError as error:
         problems = _merged(_problem_of(entry) for entry in error.errors() if entry["type"] != _FOLLOW_UP)
     if isinstance(values.get("train"), dict):
-        problems += undeclared_problems(values["train"])
+        data = values.get("data")
+        problems += undeclared_problems(
+            values["train"], evaluates=isinstance(data, dict) and bool(data.get("validation"))
+        )
     return config, problems + list(_task_problems(values))
 
 

@@ -228,11 +228,21 @@ METRICS: dict[str, Metric] = {
     "stop_rate": Metric("stop_rate", "rows", 1, True, "share of answers that end by themselves"),
 }
 
+# The value of one row, or what comes nearest to it where the metric is not a mean over rows.
 _ROW_SCORERS: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
     "accuracy": accuracy_rows,
+    "macro_f1": accuracy_rows,
     "exact_match": exact_match_rows,
     "token_f1": token_f1_rows,
+    "chrf": chrf_rows,
+    "bleu": chrf_rows,
 }
+_MEANS_OVER_ROWS = ("accuracy", "exact_match", "token_f1")
+
+
+def text_rows(metric: str, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """Each row's value of a ``text`` metric; accuracy stands for macro F1, sentence chrF for BLEU."""
+    return _ROW_SCORERS[metric](predictions, references)
 
 
 def score_text(metric: str, predictions: Sequence[str], references: Sequence[str]) -> Score:
@@ -242,8 +252,8 @@ def score_text(metric: str, predictions: Sequence[str], references: Sequence[str
         ValueError: The metric is not computed from texts, or the lists do not pair up.
     """
     n = len(references)
-    if metric in _ROW_SCORERS:
-        return score_rows(metric, _ROW_SCORERS[metric](predictions, references))
+    if metric in _MEANS_OVER_ROWS:
+        return score_rows(metric, text_rows(metric, predictions, references))
     if metric == "macro_f1":
         ids = _class_ids(predictions, references)
         return Score(metric, _macro_f1_of_ids(ids), bootstrap_ci95(ids, statistic=_macro_f1_of_ids), n)

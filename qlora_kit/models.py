@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "bases" / "tiny"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+HUB_FILES = ["*.safetensors", *SMALL_HUB_FILES]
 CODE_SAMPLES = 32
 
 
@@ -48,28 +49,40 @@ def resolve_base(base: str, revision: str | None = None) -> BaseRef:
     Raises:
         BaseModelError: It is none of these, cannot be downloaded, or is not a usable checkpoint.
     """
-    if base == TINY:
-        ref = BaseRef(TINY, TINY_FOLDER)
-    elif Path(base).is_dir():
-        ref = BaseRef(base, Path(base))
-    elif HUB_ID.match(base):
-        ref = _download(base, revision)
-    else:
-        raise BaseModelError(
-            f"model.base {base!r} is neither a folder nor a Hub id",
-            expected=f"{TINY!r}, a folder with config.json and safetensors, or an id such as Qwen/Qwen2.5-7B-Instruct",
-            fix="correct model.base, or --base",
-        )
+    ref = _find(base, revision, HUB_FILES)
     _require_checkpoint(ref)
     return ref
 
 
-def _download(base: str, revision: str | None) -> BaseRef:
+def resolve_description(base: str) -> BaseRef:
+    """Find a base's configs and tokenizer files as ``resolve_base`` does; no weights are downloaded or asked for.
+
+    Raises:
+        BaseModelError: It is no base's name, or cannot be downloaded.
+    """
+    return _find(base, None, SMALL_HUB_FILES)
+
+
+def _find(base: str, revision: str | None, hub_files: list[str]) -> BaseRef:
+    if base == TINY:
+        return BaseRef(TINY, TINY_FOLDER)
+    if Path(base).is_dir():
+        return BaseRef(base, Path(base))
+    if HUB_ID.match(base):
+        return _download(base, revision, hub_files)
+    raise BaseModelError(
+        f"model.base {base!r} is neither a folder nor a Hub id",
+        expected=f"{TINY!r}, a folder with config.json and safetensors, or an id such as Qwen/Qwen2.5-7B-Instruct",
+        fix="correct model.base, or --base",
+    )
+
+
+def _download(base: str, revision: str | None, files: list[str]) -> BaseRef:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(base, revision=revision, allow_patterns=HUB_FILES))
+        path = Path(snapshot_download(base, revision=revision, allow_patterns=files))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BaseModelError(
             f"the base {base!r} cannot be had from the Hub ({type(error).__name__})",
@@ -171,7 +184,7 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The base on ``device``, its linear layers quantized to 4 bits while loading if ``quantization`` says so.
 
-    Its generation defaults are emptied: how tokens are chosen is said by ``generation.Sampling`` alone.
+    Of its generation defaults only the special tokens stay: ``generation.Sampling`` alone says how tokens are chosen.
 
     Raises:
         BaseModelError: transformers cannot load it, or weights are missing (it would make them up).
@@ -214,7 +227,10 @@ def load_base_model(
             fix="check that every shard is there and unbroken",
         )
     _keep_4bit_weights_as_they_are(model)
-    model.generation_config = GenerationConfig()
+    defaults = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
+    )
     return model
 
 

@@ -24,14 +24,11 @@ from qlora_kit.likelihood import answer_nlls
 from qlora_kit.metrics import (
     METRICS,
     Score,
-    accuracy_rows,
-    chrf_rows,
-    exact_match_rows,
     perplexity,
     score_perplexity,
     score_rows,
     score_text,
-    token_f1_rows,
+    text_rows,
 )
 from qlora_kit.tasks import Task
 
@@ -47,14 +44,6 @@ Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
 
 _FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
-_ROW_SCORERS: dict[str, Callable[[Sequence[str], Sequence[str]], list[float]]] = {
-    "accuracy": accuracy_rows,
-    "macro_f1": accuracy_rows,
-    "exact_match": exact_match_rows,
-    "token_f1": token_f1_rows,
-    "chrf": chrf_rows,
-    "bleu": chrf_rows,
-}
 
 
 @dataclass(frozen=True)
@@ -269,7 +258,7 @@ class _Answers:
             return [float(verdict.passed) for verdict in self.verdicts]
         if metric == PERPLEXITY:
             return [perplexity(nll, tokens) for nll, tokens in zip(self.nll_sums, self.tokens, strict=True)]
-        return _ROW_SCORERS[metric](self.predictions, self.references)
+        return text_rows(metric, self.predictions, self.references)
 
 
 class _Steps:

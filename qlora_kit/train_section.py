@@ -187,8 +187,13 @@ def settable_fields() -> tuple[str, ...]:
     return tuple(name for name in sft_fields() if name not in CONTROLLED)
 
 
-def undeclared_problems(train: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with the names of ``train``, and with values that ``TrainSection`` does not check."""
+def undeclared_problems(train: Mapping[str, Any], *, evaluates: bool) -> list[Problem]:
+    """What is wrong with the names of ``train``, and with values that ``TrainSection`` does not check.
+
+    Args:
+        train: The section as it was given.
+        evaluates: Whether there is validation data.
+    """
     problems = []
     for name, value in train.items():
         if name in CONTROLLED:
@@ -204,7 +209,7 @@ def undeclared_problems(train: Mapping[str, Any]) -> list[Problem]:
                 )
         else:
             problems.extend(_value_problems(sft_fields()[name], value))
-    return problems + _strategy_problems(train)
+    return problems + (_strategy_problems(train) if evaluates else [])
 
 
 def _value_problems(field: SftField, value: Any) -> list[Problem]:

@@ -115,7 +115,11 @@ def random_base(
     return folder
 
 
-REVIEW_WORDS = {"positive": "good nice great lovely", "negative": "bad cold slow awful", "neutral": "round red here plain"}
+REVIEW_WORDS = {
+    "positive": "good nice great lovely",
+    "negative": "bad cold slow awful",
+    "neutral": "round red here plain",
+}
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,6 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train:\n  max_length: 12.5", "train.max_length is 12.5", "whole number"),
         ("train:\n  max_length: true", "train.max_length is True", "whole number"),
         ("train:\n  learning_rate: .nan", "train.learning_rate is nan", "a finite number"),
-        ("train:\n  save_strategy: steps", "train.save_strategy does not fit", "the same strategy"),
         ("train: 3", "train is 3", "a section"),
         ("lora: {lora_dropout: 1}", "lora.lora_dropout is 1", "less than 1"),
         ("lora: {r: 1025}", "lora.r is 1025", "less than or equal to 1024"),
@@ -136,6 +135,15 @@ def test_wrong_keys_and_values(tmp_path: Path, lines: str, what: str, detail: st
     assert fault.startswith("run.yaml:")
     assert what in fault
     assert detail in fault
+
+
+def test_strategies_must_fit_each_other_where_there_is_validation_data(tmp_path: Path) -> None:
+    text = SMALL + "train:\n  save_strategy: steps\n"
+    (fault,) = faults_of(tmp_path, text, "data.validation=held.jsonl")
+    assert fault.startswith("run.yaml:")
+    assert "train.save_strategy does not fit" in fault
+    assert "the same strategy" in fault
+    assert load_config(write(tmp_path, text)).sft_arguments()["eval_strategy"] == "no"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""Bases are found or refused; the 4-bit base holds the bits that bitsandbytes makes, and no forward pass changes them."""
+"""Bases are found or refused; the 4-bit base holds bitsandbytes' own bits, and no forward pass changes them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from bitsandbytes.functional import quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.errors import BaseModelError
@@ -82,7 +83,7 @@ def test_a_base_is_tiny_or_a_folder(random_base: Path, monkeypatch: pytest.Monke
     assert TINY_FOLDER.parts[-3:] == ("qlora_kit", "bases", "tiny")
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "/no/such/folder", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["no-such-folder", "/no/such/folder", "a/b/c"])
 def test_what_is_neither_folder_nor_hub_id_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,13 +136,14 @@ def test_weights_that_are_missing_or_cut_off_are_refused(broken_base: Path) -> N
         load_base_model(resolve_base(str(broken_base)), NF4, device=CPU)
 
 
-def test_a_tokenizer_needs_a_chat_template_and_gets_a_pad_token(broken_base: Path) -> None:
-    settings = json.loads((broken_base / "tokenizer_config.json").read_text())
-    settings.pop("pad_token")
-    (broken_base / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = load_tokenizer(resolve_base(str(broken_base)))
-    assert tokenizer.padding_side == "left"
-    assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+def test_a_tokenizer_needs_a_chat_template_and_gets_a_pad_token(
+    broken_base: Path, tmp_path: Path, make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    assert load_tokenizer(resolve_base(str(broken_base))).padding_side == "left"
+    llama = make_tokenizer("llama3", "llama3", eos_token="<|eot_id|>")
+    llama.pad_token = None
+    llama.save_pretrained(tmp_path / "llama")
+    assert load_tokenizer(BaseRef("llama", tmp_path / "llama")).pad_token == "<|eot_id|>"
     (broken_base / "chat_template.jinja").unlink()
     with pytest.raises(BaseModelError, match="no chat template"):
         load_tokenizer(resolve_base(str(broken_base)))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from qlora_kit.cli import adapters, data, evaluation, generation, merging, training
+from qlora_kit.cli import adapters, data, evaluation, generation, info, init, merging, training
 from qlora_kit.errors import QloraKitError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(name="init")(init.init)
+app.command(name="info")(info.info)
 app.command(name="data")(data.check_data)
 app.command(name="train")(training.train)
 app.command(name="eval")(evaluation.evaluate)

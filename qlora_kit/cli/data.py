@@ -21,8 +21,8 @@ OverridesArgument = Annotated[
 def check_data(config: ConfigArgument, overrides: OverridesArgument = None, *, json: JsonOption = False) -> None:
     """Check every row of a config's data, and count rows and tokens, without loading a model."""
     from qlora_kit.config import load_config
-    from qlora_kit.data.checking import check
     from qlora_kit.data.ledger import data_error
+    from qlora_kit.data_check import check
 
     report, stopping = check(load_config(config, overrides or ()))
     if json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 PROBE_ANSWER = "The answer"
+STOP_PROBE = (Message("user", "Question?"), Message("assistant", PROBE_ANSWER))
 PROBES: tuple[tuple[bool, tuple[Message, ...]], ...] = (
     (True, (Message("user", "Question?"),)),
     (True, (Message("system", "Rules."), Message("user", "Question?"))),
@@ -157,22 +158,19 @@ def read_turn_format(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
     Raises:
         BaseModelError: No control token ends an assistant turn, or text cannot be cut at the edges of turns.
     """
-    messages = [Message("user", "Question?"), Message("assistant", PROBE_ANSWER)]
-    text = render_texts([messages], tokenizer, for_generation=False)[0]
+    text = render_texts([STOP_PROBE], tokenizer, for_generation=False)[0]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ending = text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].lstrip()
-    stops = [token for token in tokenizer.added_tokens_decoder.values() if ending.startswith(token.content)]
-    if not stops:
+    stop = stop_at_turn_end(text, [token.content for token in tokenizer.added_tokens_decoder.values()])
+    if stop is None:
         raise BaseModelError(
-            f"the chat template ends an assistant turn with {ending!r}",
+            f"the chat template ends an assistant turn with {_after_answer(text)!r}",
             expected="a control token of the tokenizer, so that generation can stop there",
             fix="use the -Instruct variant of the base model, or one with another chat template",
         )
-    stop = max((token.content for token in stops), key=len)
     stop_id = tokenizer.convert_tokens_to_ids(stop)
     for anchor in ("", stop):
         turn_format = TurnFormat(stop, stop_id, anchor)
-        cuts = cut_texts([text], [messages], tokenizer, turn_format)
+        cuts = cut_texts([text], [STOP_PROBE], tokenizer, turn_format)
         pieces = tokenize_cuts(cuts, tokenizer, turn_format)[0]
         if not cuts[0].missed and list(chain.from_iterable(pieces)) == ids:
             return turn_format
@@ -181,6 +179,16 @@ def read_turn_format(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
         expected="a chat template whose prompts end on a token boundary",
         fix="use another base model",
     )
+
+
+def stop_at_turn_end(text: str, control_tokens: Iterable[str]) -> str | None:
+    """The longest of ``control_tokens`` behind the answer of a rendered ``STOP_PROBE``; None where there is none."""
+    ending = _after_answer(text)
+    return max((token for token in control_tokens if ending.startswith(token)), key=len, default=None)
+
+
+def _after_answer(text: str) -> str:
+    return text[text.rindex(PROBE_ANSWER) + len(PROBE_ANSWER) :].lstrip()
 
 
 def cut_texts(

@@ -114,7 +114,7 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):  # cut off, or just rotated away
         return False
     return True
 

@@ -241,7 +241,7 @@ def _new_fact(rng: random.Random, relation: str, part: Part, used: set[str], key
     return None
 
 
-def _facts(rng: random.Random, relation: str, part: Part) -> list[_Fact]:
+def draw_facts(rng: random.Random, relation: str, part: Part) -> list[_Fact]:
     """3-6 facts: two or more of ``relation`` (the first is the one asked for), then one or two of others."""
     while True:
         facts = _try_facts(rng, relation, part)
@@ -287,7 +287,7 @@ def rows(part: Part, count: int, seed: int) -> list[Row]:
     seen: set[tuple[str, str]] = set()
     while len(result) < count:
         relation = names[len(result) % len(names)]
-        facts = _facts(rng, relation, part)
+        facts = draw_facts(rng, relation, part)
         asked = facts[0]
         question = asked.question(rng)
         rng.shuffle(facts)
@@ -305,10 +305,10 @@ def passage(rng: random.Random) -> str:
 
     It draws train phrases only and never answers a question by a bare phrase.
     """
-    return rng.choice(_PASSAGES)(rng, _facts(rng, rng.choice(list(RELATIONS)), "train"))
+    return rng.choice(_PASSAGES)(rng, draw_facts(rng, rng.choice(list(RELATIONS)), "train"))
 
 
-def _told(rng: random.Random, facts: list[_Fact]) -> str:
+def tell(rng: random.Random, facts: list[_Fact]) -> str:
     order = rng.sample(facts, len(facts))
     return " ".join(fact.told(rng) for fact in order)
 
@@ -317,20 +317,20 @@ def _asked(rng: random.Random, facts: list[_Fact]) -> str:
     """The text, then questions with answers in whole sentences."""
     ending = rng.choice((" That is what the text says.", " So the text says.", ""))
     asked = rng.sample(facts, min(len(facts), rng.randint(3, 4)))
-    return f"{_told(rng, facts)} " + " ".join(f"{fact.question(rng)} {fact.plain()}{ending}" for fact in asked)
+    return f"{tell(rng, facts)} " + " ".join(f"{fact.question(rng)} {fact.plain()}{ending}" for fact in asked)
 
 
 def _told_again(rng: random.Random, facts: list[_Fact]) -> str:
     """The text, then the same facts in another order and other words."""
     opening = rng.choice(("Now the same in another order.", "Let us say it again.", "Told once more:"))
-    return f"{_told(rng, facts)} {opening} {_told(rng, facts)}"
+    return f"{tell(rng, facts)} {opening} {tell(rng, facts)}"
 
 
 def _dialogue(rng: random.Random, facts: list[_Fact]) -> str:
     """The text, then two people who remember it."""
     names = {fact.key for fact in facts} | {word for fact in facts for word in (fact.other, *fact.value.split())}
     first, second = rng.sample([name for name in FIRST_NAMES if name not in names], 2)
-    lines = [_told(rng, facts)]
+    lines = [tell(rng, facts)]
     for fact in rng.sample(facts, min(len(facts), 3)):
         lines.append(f'"{fact.question(rng)}" asked {first}. "{fact.plain()[:-1]}," said {second}.')
     return "\n".join(lines)
@@ -355,7 +355,7 @@ def _not_that_one(rng: random.Random, facts: list[_Fact]) -> str:
     because = wrong.clause(RELATIONS[wrong.relation].forms[0])
     rest = " ".join(fact.plain() for fact in rng.sample(facts[1:], len(facts) - 1))
     correction = f"It is not {wrong.value_with_article()}, because {because} {asked.plain()}"
-    return f"{_told(rng, facts)} {asked.question(rng)} {correction} {rest}"
+    return f"{tell(rng, facts)} {asked.question(rng)} {correction} {rest}"
 
 
 _PASSAGES: tuple[Callable[[random.Random, list[_Fact]], str], ...] = (

@@ -250,9 +250,9 @@ def _draw_core(rng: random.Random, value: int) -> tuple[str, str, bool]:
         first = _draw_clause(rng, HEARSAY_FRAMES if from_others else IMPRESSION_FRAMES, first_value)
         connectors = ADDITIONS if agrees else CONTRASTS
     if from_others and rng.random() < 0.1:
-        kind, predicate = _draw_predicate(rng, first.value, after_be=True)
+        kind, predicate = draw_predicate(rng, first.value, after_be=True)
         while kind in NEGATED or kind == "neither":  # nobody asks "is it far from good?"
-            kind, predicate = _draw_predicate(rng, first.value, after_be=True)
+            kind, predicate = draw_predicate(rng, first.value, after_be=True)
         return f"question/{kind}|{last.skeleton}", f"is it {predicate}? {_capital(last.text)}", False
     connector = rng.choice(list(connectors))
     core = connectors[connector].format(first=first.text, last=last.text)
@@ -261,11 +261,11 @@ def _draw_core(rng: random.Random, value: int) -> tuple[str, str, bool]:
 
 def _draw_clause(rng: random.Random, frames: Mapping[str, str], value: int) -> Clause:
     frame = rng.choice(list(frames))
-    kind, predicate = _draw_predicate(rng, value, after_be=frame in BE_FRAMES)
+    kind, predicate = draw_predicate(rng, value, after_be=frame in BE_FRAMES)
     return Clause(f"{frame}/{kind}", value, f"{frames[frame]} {predicate}")
 
 
-def _draw_predicate(rng: random.Random, value: int, *, after_be: bool) -> tuple[str, str]:
+def draw_predicate(rng: random.Random, value: int, *, after_be: bool) -> tuple[str, str]:
     """Kind and words of a predicate worth ``value``."""
     if value == 0 or rng.random() < 0.25:
         kind = rng.choice(("neither", *PAIRED))
@@ -360,7 +360,7 @@ def _short_verdicts(rng: random.Random) -> str:
     sentences = [f"Everyone talked about the {item}."]
     for name in rng.sample(FIRST_NAMES, 3):
         value = rng.choice((1, -1, 0))
-        _, predicate = _draw_predicate(rng, value, after_be=True)
+        _, predicate = draw_predicate(rng, value, after_be=True)
         feeling = rng.choice(FEELINGS[value]).format(n=name, it="it")
         template = rng.choice(("{f}, for it was {p}.", "For {n} it was {p}, so {f}.", "It was {p}, and {f}."))
         sentences.append(template.format(f=feeling, p=predicate, n=name))

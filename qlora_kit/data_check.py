@@ -10,6 +10,7 @@ from qlora_kit.data.encoding import encode_examples
 from qlora_kit.data.ledger import DataReport, Problem
 from qlora_kit.data.preparing import examine
 from qlora_kit.errors import DataError
+from qlora_kit.models import load_tokenizer, resolve_base
 
 
 def check(config: RunConfig) -> tuple[DataReport, Sequence[Problem]]:
@@ -18,8 +19,6 @@ def check(config: RunConfig) -> tuple[DataReport, Sequence[Problem]]:
     Returns:
         The report, and the problems because of which ``train`` would refuse the data.
     """
-    from qlora_kit.models import load_tokenizer, resolve_base
-
     tokenizer = load_tokenizer(resolve_base(config.model.base, config.model.revision))
     data = examine(config, control_tokens=control_tokens(tokenizer))
     stopping = list(data.stopping)

@@ -1,0 +1,334 @@
+"""Every verb's JSON, exit codes and messages, through the command line's own entry."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_kit.cli import app, main
+from qlora_kit.training import TrainResult
+
+ROOT = Path(__file__).parents[1]
+CARD = {"name", "task", "base_model", "r", "bytes", "created"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object that stdout must be."""
+        lines = self.out.splitlines()
+        assert len(lines) == 1, self.out
+        content = json.loads(lines[0])
+        assert isinstance(content, dict)
+        return content
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Runs `qlora-kit ARGUMENTS` in this process, in an empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return Outcome(int(end.value.code or 0), out, err)
+
+    return call
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may load a model."""
+    from transformers import AutoModelForCausalLM
+
+    def loaded(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+
+
+@pytest.fixture
+def store(trained_run: tuple[Path, TrainResult], tmp_path: Path) -> Path:
+    """A store with one adapter, reviews."""
+    from qlora_kit.adapters import AdapterStore
+
+    AdapterStore(tmp_path / "adapters").add(trained_run[0])
+    return tmp_path / "adapters"
+
+
+def refused(outcome: Outcome, *parts: str) -> None:
+    """It ended as the user's mistake, in three parts, each of ``parts`` somewhere in it."""
+    assert outcome.code == 2, outcome.err
+    for part in ("error: ", "\n  expected: ", "\n  do: ", *parts):
+        assert part in outcome.err, outcome.err
+    assert "Traceback" not in outcome.err
+
+
+# --- one JSON object for each verb ---
+
+
+def test_data_prints_its_report(command: Callable[..., Outcome], run_yaml: Path) -> None:
+    report = command("data", run_yaml, "--json")
+    assert report.code == 0
+    content = report.json
+    assert content.items() >= {"rows": 63, "kept": 63, "dropped": 0, "truncated": 0, "duplicates": 0}.items()
+    assert content.keys() >= {"leaked", "supervised_tokens", "total_tokens", "problems"}
+    assert 0 < content["supervised_tokens"] < content["total_tokens"]
+    assert "supervised tokens" in command("data", run_yaml).out
+
+
+def test_data_prints_its_report_of_bad_rows_too(
+    command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "Good.", "label": "positive"}\n{"text": "Good.", "label": "fine"}\n')
+    report = command("data", run_yaml, f"data.train={tmp_path}/bad.jsonl", "--json")
+    assert report.code == 2
+    (problem,) = report.json["problems"]
+    assert (Path(problem["file"]).name, problem["line"]) == ("bad.jsonl", 2)
+    assert f"{problem['reason']}\n  expected: " in report.err
+
+
+def test_train_prints_its_result(command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path) -> None:
+    changes = ("output_dir=run", "train.max_steps=2", "train.save_strategy=no")
+    first = command("train", run_yaml, *changes, "--json")
+    assert first.code == 0, first.err
+    keys = {"output_dir", "steps", "train_loss", "eval_loss", "tokens_per_second", "supervised_tokens", "peak_bytes"}
+    assert first.json.keys() >= keys | {"resumed_from"}
+    assert (first.json["output_dir"], first.json["steps"], first.json["resumed_from"]) == ("run", 2, None)
+    assert (tmp_path / "run" / "qlora_kit.json").is_file()
+    refused(command("train", run_yaml, *changes), "run is occupied", "--resume", "--overwrite", "output_dir=")
+    again = command("train", run_yaml, *changes, "--overwrite")
+    assert again.code == 0
+    assert len(again.out.splitlines()) == 2
+    assert "qlora-kit adapters add run" in again.out
+
+
+def test_the_store_from_add_to_delete(
+    command: Callable[..., Outcome], trained_run: tuple[Path, TrainResult], random_base: Path
+) -> None:
+    folder = trained_run[0]
+    assert command("adapters", "list", "--json").json == {"adapters": []}
+    added = command("adapters", "add", folder, "--json").json
+    assert added.keys() >= CARD
+    assert (added["name"], added["task"], added["base_model"], added["r"]) == (
+        "reviews",
+        "sentiment",
+        str(random_base),
+        4,
+    )
+    refused(command("adapters", "add", folder), "the name is taken", "--replace")
+    assert command("adapters", "add", folder, "--replace", "--json").code == 0
+    assert command("adapters", "add", folder, "--name", "second", "--json").json["name"] == "second"
+    assert command("adapters", "rename", "second", "third", "--json").json["name"] == "third"
+    listed = command("adapters", "list", "--json").json["adapters"]
+    assert [card["name"] for card in listed] == ["reviews", "third"]
+    assert all(card.keys() >= CARD for card in listed)
+    shown = command("adapters", "show", "third", "--json").json
+    assert shown.keys() >= CARD
+    assert shown["contract"]["base"]["id"] == str(random_base)
+    assert shown["contract"]["name"] == "third"
+    assert command("adapters", "delete", "third", "--json").json == {"deleted": "third"}
+    refused(command("adapters", "show", "reviewz", "--json"), "reviewz", "did you mean reviews?")
+    for verb in (("list",), ("show", "reviews")):
+        plain = command("adapters", *verb)
+        assert plain.code == 0
+        assert "sentiment" in plain.out
+
+
+def test_generate_prints_its_answer(
+    command: Callable[..., Outcome], store: Path, monkeypatch: pytest.MonkeyPatch, random_base: Path
+) -> None:
+    answer = command("generate", "The soup is good.", "--adapter", "reviews", "--json").json
+    assert answer.keys() >= {"text", "adapter", "finish_reason", "completion_tokens"}
+    assert answer["adapter"] == "reviews"
+    assert answer["completion_tokens"] <= 4  # the contract's limit
+    longer = command("generate", "The soup is good.", "--base", random_base, "--max-new-tokens", 5, "--json").json
+    assert longer["adapter"] is None
+    assert longer["completion_tokens"] <= 5
+    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
+    refused(command("generate", "-", "--adapter", "reviews"), "the prompt is empty")
+    refused(command("generate", "Hello", "--temperature", "11"), "temperature is 11")
+
+
+def test_eval_prints_its_results(command: Callable[..., Outcome], store: Path) -> None:
+    outcome = command("eval", "--adapter", "reviews", "--limit", 3, "--json")
+    assert outcome.code == 0, outcome.err
+    results = outcome.json["results"]
+    assert all(row.keys() >= {"task", "adapter", "metric", "value", "ci95", "n"} for row in results)
+    assert {(row["adapter"], row["metric"], row["n"]) for row in results} >= {
+        (None, "accuracy", 3),
+        ("reviews", "accuracy", 3),
+        ("reviews", "stop_rate", 3),
+    }
+
+
+def test_merge_prints_its_result(command: Callable[..., Outcome], store: Path, tmp_path: Path) -> None:
+    merged = command("merge", "reviews", "--out", "merged", "--json")
+    assert merged.code == 0, merged.err
+    content = merged.json
+    assert content.keys() >= {"output_dir", "onto", "seconds", "peak_rss_bytes", "verification"}
+    assert content["onto"] == "dequantized"
+    verification = content["verification"]
+    assert verification.keys() >= {"passed", "max_abs_logit_diff", "mean_abs_logit_diff", "top1_agreement", "kl"}
+    assert verification["passed"] is True
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    refused(command("merge", "reviews", "--out", "merged"), "merged", "--overwrite")
+
+
+# --- the user's mistakes, before a model is loaded ---
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_wrong_config_is_refused(command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path) -> None:
+    refused(command("train", run_yaml, "lora.rank=8"), "lora.rank is an unknown key")
+    refused(command("train", run_yaml, "lora.r=many"), "lora.r is 'many'", "a whole number")
+    refused(command("train", run_yaml, "task=sentimant"), "did you mean 'sentiment'?")
+    refused(command("train", run_yaml, "model.base=nowhere"), "neither a folder nor a Hub id")
+    refused(command("train", run_yaml, "learning_rate"), "section.key=value")
+    refused(command("train", tmp_path / "missing.yaml"), "missing.yaml")
+    (tmp_path / "broken.yaml").write_text("name: [\n")
+    refused(command("data", tmp_path / "broken.yaml"), "broken.yaml:")
+    both = command("train", run_yaml, "lora.rank=8", "train.learning_rate=-1")
+    refused(both, "lora.rank", "train.learning_rate")
+    assert both.err.count("error: ") == 2
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("verb", ["data", "train"])
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ("rows.jsonl",)),
+        (b"", ("rows.jsonl",)),
+        (b"\n\n", ("rows.jsonl",)),
+        (b'{"text": "Good.", "label": "positive"}\n{"text": "Bad.\n', ("rows.jsonl:2",)),
+        (
+            b'{"text": "Caf\xe9.", "label": "positive"}\n',
+            ("rows.jsonl", "UTF-8"),
+        ),
+        (b'{"words": "Good."}\n', ("rows.jsonl",)),
+    ],
+    ids=["missing", "empty", "blank", "broken JSON", "wrong encoding", "unknown columns"],
+)
+def test_wrong_data_are_refused(
+    command: Callable[..., Outcome],
+    run_yaml: Path,
+    tmp_path: Path,
+    verb: str,
+    content: bytes | None,
+    parts: tuple[str, ...],
+) -> None:
+    if content is not None:
+        (tmp_path / "rows.jsonl").write_bytes(content)
+    refused(command(verb, run_yaml, "data.train=rows.jsonl", "output_dir=run"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_wrong_adapter_is_refused(
+    command: Callable[..., Outcome], store: Path, random_base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(random_base, other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1000:] = b"\x01" * 1000
+    (other / "model.safetensors").write_bytes(bytes(weights))
+    on_other = ("--adapter", "reviews", "--base", other)
+    refused(command("generate", "Hello", *on_other), "fingerprint", f"--base {random_base}")
+    refused(command("eval", *on_other), "fingerprint")
+    refused(command("merge", "reviews", "--out", "merged", "--base", other), "fingerprint")
+    assert not (tmp_path / "merged").exists()
+    for verb in (("generate", "Hello", "--adapter"), ("eval", "--adapter"), ("merge", "--out", "merged")):
+        refused(command(*verb, "reviewz"), "reviewz", "reviews")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("mine")
+    refused(command("merge", "reviews", "--out", "merged"), "merged")
+
+
+# --- exit codes ---
+
+
+def test_an_interruption_ends_with_130_and_a_bug_keeps_its_traceback(
+    command: Callable[..., Outcome], run_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(error: BaseException) -> Callable[..., None]:
+        def check(*args: object) -> None:
+            raise error
+
+        return check
+
+    monkeypatch.setattr("qlora_kit.data_check.check", raises(KeyboardInterrupt()))
+    assert command("data", run_yaml).code == 130
+    monkeypatch.setattr("qlora_kit.data_check.check", raises(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main(["data", str(run_yaml)])
+
+
+def test_a_guard_ends_with_3(command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path) -> None:
+    faults = ("train.learning_rate=1e30", "train.lr_scheduler_type=constant", "output_dir=run")
+    outcome = command("train", run_yaml, *faults, "--json")
+    assert outcome.code == 3
+    assert "the loss became" in outcome.err
+    assert outcome.out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_option_ends_with_2(command: Callable[..., Outcome]) -> None:
+    assert command("adapters", "list", "--jsn").code == 2
+    assert command("no-such-verb").code == 2
+    assert command("generate").code == 2
+
+
+def test_help_names_every_verb(command: Callable[..., Outcome]) -> None:
+    shown = command("--help")
+    assert shown.code == 0
+    for verb in ("data", "train", "eval", "generate", "merge", "adapters"):
+        assert f" {verb} " in shown.out
+    assert all(f" {info.name} " in shown.out for info in app.registered_commands)
+
+
+# --- processes ---
+
+
+@pytest.mark.parametrize(("script", "option"), [("train.py", "--resume"), ("merge.py", "--onto")])
+def test_the_scripts_are_verbs(script: str, option: str) -> None:
+    environment = {**os.environ, "COLUMNS": "120", "NO_COLOR": "1"}
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / script), "--help"], check=True, capture_output=True, text=True, env=environment
+    )
+    assert option in shown.stdout
+    assert script.removesuffix(".py") in shown.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["adapters", "list", "--json"], ["adapters", "show", "reviews"]])
+def test_what_needs_no_model_never_imports_torch(store: Path, arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom qlora_kit.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=store.parent, env=environment, capture_output=True)

@@ -1,0 +1,342 @@
+"""Adapters swap in and out of one base: each gives what PEFT gives it alone, and the base stays bit for bit itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from qlora_kit.adapters import AdapterContract, BaseIdentity, base_fingerprint
+from qlora_kit.data.chat import chat_template_sha256
+from qlora_kit.engine import Answer, Engine
+from qlora_kit.errors import AdapterError
+from qlora_kit.formats import Message
+from qlora_kit.generation import Completion, Sampling
+from qlora_kit.models import load_base_model, resolve_base
+
+IDS = torch.arange(40, 70).reshape(2, 15)
+SYSTEM = "Is this review positive, negative or neutral?"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def base_weights_hash(model: torch.nn.Module) -> str:
+    """Of every weight, bias and quantization state that is not LoRA's."""
+    digest = hashlib.sha256()
+    tensors = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_adapter(folder: Path, base: PreTrainedModel, *, seed: int = 0, **settings: Any) -> Path:
+    """An adapter as PEFT itself writes it, with random factors."""
+    chosen = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    copy = Qwen2ForCausalLM(base.config)
+    copy.load_state_dict(base.state_dict())
+    adapted = get_peft_model(copy, LoraConfig(**chosen))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(random_model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three adapters of ``random_base`` without contract; c uses more of what PEFT has."""
+    root = tmp_path_factory.mktemp("store")
+    write_adapter(root / "a", random_model, seed=1)
+    write_adapter(root / "b", random_model, seed=2, r=2, target_modules=["q_proj", "down_proj"])
+    write_adapter(root / "c", random_model, seed=3, use_rslora=True, rank_pattern={"q_proj": 8})
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared(random_base: Path, store: Path) -> Engine:
+    """An engine for tests that only add adapters to it."""
+    return Engine(str(random_base), store=store)
+
+
+@pytest.fixture
+def contract(random_base: Path, chatml_tokenizer: PreTrainedTokenizerFast) -> Callable[..., AdapterContract]:
+    """Makes the contract of an adapter that was trained on ``random_base``."""
+
+    def make(**changes: Any) -> AdapterContract:
+        values: dict[str, Any] = {
+            "base": BaseIdentity(str(random_base), None, base_fingerprint(random_base)),
+            "quantization": {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": "nf4",
+                "bnb_4bit_use_double_quant": True,
+            },
+            "chat_template_sha256": chat_template_sha256(chatml_tokenizer),
+            "system_prompt": SYSTEM,
+            "stop_token_ids": (chatml_tokenizer.convert_tokens_to_ids("<|im_end|>"),),
+            "generation": {"max_new_tokens": 3},
+            "task": "sentiment",
+            "metric_names": ("accuracy",),
+            "data": (),
+            "config_sha256": "0",
+            "versions": {},
+            "created": "2026-01-02T03:04:05+00:00",
+            "kit_version": "0.1.0",
+        }
+        return AdapterContract(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def no_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT must not see the files."""
+
+    def seen(*args: object, **kwargs: object) -> None:
+        raise AssertionError("PEFT was given the adapter")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", seen)
+    monkeypatch.setattr(PeftModel, "load_adapter", seen)
+
+
+# --- swapping ---
+
+
+def test_swapping_leaves_no_residue_in_the_base(random_base: Path, store: Path) -> None:
+    engine = Engine(str(random_base), store=store)
+    with engine.using(None) as model:
+        before, bits = logits(model), base_weights_hash(model)
+    alone: dict[str, torch.Tensor] = {}
+    for step, name in enumerate("abacbca"):
+        engine.load(name)
+        with engine.using(name) as model:
+            out = logits(model)
+        assert not torch.allclose(out, before, atol=1e-2)  # the adapter does something
+        assert torch.equal(out, alone.setdefault(name, out)), f"step {step}: {name} gives other logits than at first"
+        with engine.using(None) as model:
+            assert torch.equal(logits(model), before), f"step {step}: residue of {name}"
+    engine.generate([[Message("user", "Hello")]], adapter="b", sampling=Sampling(4))
+    engine.generate([[Message("user", "Hello")]], sampling=Sampling(4))
+    with pytest.raises(ZeroDivisionError), engine.using("a"):
+        raise ZeroDivisionError
+    with engine.using(None) as model:
+        assert torch.equal(logits(model), before)
+        assert base_weights_hash(model) == bits
+    assert engine.adapters == ("a", "b", "c")
+
+
+def test_each_adapter_gives_what_peft_gives_on_a_fresh_base(shared: Engine, store: Path) -> None:
+    for name in "abc":
+        shared.load(name)
+        fresh = load_base_model(shared.ref, shared.quantization, device=torch.device("cpu"))
+        assert any(isinstance(module, Linear4bit) for module in fresh.modules())
+        expected = logits(PeftModel.from_pretrained(fresh, store / name).eval())
+        with shared.using(name) as model:
+            torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["train", "keys", "type", "lora", "lora_A", "weight", "default", "v1.2"])
+def test_any_folder_name_is_a_safe_adapter_name(shared: Engine, store: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(store / "b", tmp_path / name)
+    shared.load("b")
+    with shared.using("b") as model:
+        expected = logits(model)
+    assert shared.load(str(tmp_path / name)) == name
+    with shared.using(name) as model:
+        assert torch.equal(logits(model), expected)
+
+
+def test_loading_again_does_nothing_and_a_second_folder_of_one_name_is_refused(
+    shared: Engine, store: Path, tmp_path: Path, no_peft_after_load: Callable[[], None]
+) -> None:
+    shared.load("a")
+    no_peft_after_load()
+    assert shared.load("a") == "a"
+    assert shared.load(str(store / "a")) == "a"
+    shutil.copytree(store / "b", tmp_path / "a")
+    with pytest.raises(AdapterError, match=r"named 'a' is loaded already(.|\n)*rename"):
+        shared.load(str(tmp_path / "a"))
+
+
+@pytest.fixture
+def no_peft_after_load(request: pytest.FixtureRequest) -> Callable[[], None]:
+    return lambda: request.getfixturevalue("no_peft")
+
+
+def test_what_is_not_loaded_is_named(shared: Engine) -> None:
+    for use in (lambda: shared.contract("ghost"), lambda: shared.using("ghost").__enter__()):
+        with pytest.raises(AdapterError, match=r"'ghost' is not loaded"):
+            use()
+    with pytest.raises(AdapterError, match="no adapter of this name"):
+        shared.load("ghost")
+
+
+# --- what is refused before PEFT sees it ---
+
+
+def refused(engine: Engine, folder: Path, pattern: str) -> None:
+    loaded = engine.adapters
+    with pytest.raises(AdapterError, match=pattern):
+        engine.load(str(folder))
+    assert engine.adapters == loaded
+
+
+@pytest.mark.usefixtures("no_peft")
+def test_an_adapter_of_another_base_is_refused(
+    shared: Engine, store: Path, tmp_path: Path, contract: Callable[..., AdapterContract], random_base: Path
+) -> None:
+    for index, (changes, pattern) in enumerate(
+        [
+            ({"base": BaseIdentity("elsewhere", None, "sampled-1:" + "0" * 64)}, "trained on elsewhere"),
+            ({"base": BaseIdentity(str(random_base), None, "sampled-1:" + "0" * 64)}, "fingerprint"),
+            ({"quantization": {"load_in_4bit": False}}, "quantization"),
+            (
+                {"quantization": {"load_in_4bit": True, "nf4_codes": {"model.layers.0.mlp.up_proj.weight": "00" * 32}}},
+                "NF4 codes",
+            ),
+            ({"chat_template_sha256": "1"}, "chat template"),
+            ({"stop_token_ids": (7,)}, "stop tokens"),
+        ]
+    ):
+        folder = tmp_path / f"other{index}"
+        shutil.copytree(store / "a", folder)
+        contract(**changes).save(folder)
+        refused(shared, folder, pattern)
+
+
+@pytest.mark.usefixtures("no_peft")
+def test_an_adapter_of_other_layers_is_refused(
+    shared: Engine, tmp_path: Path, random_model: PreTrainedModel, store: Path
+) -> None:
+    shape = random_model.config.to_dict()
+    for name, change, pattern in (
+        ("deep", {"num_hidden_layers": 3, "layer_types": None}, r"layers\.2(.|\n)*the base lacks"),
+        ("wide", {"intermediate_size": 192}, r"mlp\.(gate|up|down)_proj(.|\n)*the base's shape"),
+    ):
+        other = Qwen2ForCausalLM(Qwen2Config(**{**shape, **change}))
+        refused(shared, write_adapter(tmp_path / name, other), pattern)
+    shutil.copytree(store / "a", tmp_path / "few")
+    some = {key: value for key, value in load_file(store / "a" / WEIGHTS).items() if "layers.1.mlp" not in key}
+    save_file(some, tmp_path / "few" / WEIGHTS)
+    refused(shared, tmp_path / "few", r"has no tensors for(.|\n)*layers\.1\.mlp")
+
+
+def test_an_adapter_that_would_write_over_the_base_is_refused_and_its_name_stays_free(
+    random_base: Path, store: Path, tmp_path: Path, random_model: PreTrainedModel
+) -> None:
+    engine = Engine(str(random_base), store=store)
+    engine.load("a")
+    with engine.using(None) as model:
+        before = logits(model)
+    good = load_file(store / "b" / WEIGHTS)
+    for index, poison in enumerate(
+        (
+            {"base_model.model.model.embed_tokens.weight": torch.zeros(random_model.config.vocab_size, 64)},
+            {"base_model.model.model.norm.weight": torch.zeros(64)},
+            {"base_model.model.model.layers.0.self_attn.q_proj.bias": torch.zeros(64)},
+        )
+    ):
+        folder = tmp_path / str(index) / "guest"
+        shutil.copytree(store / "b", folder)
+        save_file({**good, **poison}, folder / WEIGHTS)
+        refused(engine, folder, "is not declared")
+    declared = write_adapter(tmp_path / "declared" / "guest", random_model, bias="lora_only")
+    refused(engine, declared, r"tensors of the base itself(.|\n)*q_proj\.base_layer\.bias")
+    with engine.using(None) as model:
+        assert torch.equal(logits(model), before)
+    shutil.copytree(store / "b", tmp_path / "good" / "guest")
+    assert engine.load(str(tmp_path / "good" / "guest")) == "guest"
+    engine.load("b")
+    with engine.using("b") as model:
+        expected = logits(model)
+    with engine.using("guest") as model:
+        assert torch.equal(logits(model), expected)
+
+
+# --- conversations ---
+
+
+@pytest.fixture
+def prompts_seen(shared: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the model is given, as text; it answers nothing."""
+    texts: list[str] = []
+
+    def record(model: object, prompts: list[list[int]], **options: Any) -> list[Completion]:
+        texts.extend(shared.tokenizer.decode(ids) for ids in prompts)
+        return [Completion((), "stop") for _ in prompts]
+
+    monkeypatch.setattr("qlora_kit.engine.generate", record)
+    return texts
+
+
+def test_the_trained_system_prompt_is_used_unless_the_conversation_has_its_own(
+    shared: Engine,
+    store: Path,
+    tmp_path: Path,
+    contract: Callable[..., AdapterContract],
+    prompts_seen: list[str],
+    chatml_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    for name, prompt in (("reviews", SYSTEM), ("bare", None)):
+        shutil.copytree(store / "a", tmp_path / name)
+        contract(system_prompt=prompt).save(tmp_path / name)
+        shared.load(str(tmp_path / name))
+    shared.load("b")
+    user, own = Message("user", "Nice."), Message("system", "Be brief.")
+    turn = {"role": "user", "content": "Nice."}
+
+    def rendered(*turns: dict[str, str]) -> str:
+        return chatml_tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+
+    shared.generate([[user], [own, user]], adapter="reviews")
+    trained, theirs = ({"role": "system", "content": text} for text in (SYSTEM, "Be brief."))
+    assert prompts_seen == [rendered(trained, turn), rendered(theirs, turn)]
+    prompts_seen.clear()
+    for adapter in ("bare", "b", None):
+        shared.generate([[user]], adapter=adapter)
+    assert prompts_seen == [rendered(turn)] * 3
+
+
+def test_an_answer_says_how_it_came_about(
+    shared: Engine, store: Path, tmp_path: Path, contract: Callable[..., AdapterContract]
+) -> None:
+    shutil.copytree(store / "a", tmp_path / "limited")
+    contract().save(tmp_path / "limited")
+    name = shared.load(str(tmp_path / "limited"))
+    assert shared.contract(name) == contract()
+    answer = shared.ask("Nice soup.", adapter=name)
+    ids = shared.tokenizer.apply_chat_template(
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Nice soup."}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert answer == Answer(answer.text, name, "length", completion_tokens=3, prompt_tokens=len(ids))
+    with shared.using(name) as model:
+        output = model.generate(torch.tensor([ids]), max_new_tokens=3, do_sample=False)
+    assert answer.text == shared.tokenizer.decode(output[0, len(ids) :])
+    assert shared.default_sampling() == Sampling()
+    assert shared.default_sampling("limited").max_new_tokens == 3
+
+
+def test_the_trained_run_loads_where_it_was_trained(trained_run: tuple[Path, Any], random_base: Path) -> None:
+    engine = Engine(str(random_base))
+    name = engine.load(str(trained_run[0]))
+    contract = engine.contract(name)
+    assert contract is not None
+    assert contract.quantization["nf4_codes"]
+    assert json.loads((trained_run[0] / "qlora_kit.json").read_text())["base"]["id"] == str(random_base)
+    assert resolve_base(contract.base.id) == engine.ref
