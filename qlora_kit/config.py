@@ -203,7 +203,7 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
             get_task(task)
         except ConfigError as error:
             fault = error.faults[0]
-            fix = f"{fault.fix}; a new task needs data.prompt, data.completion and eval.metrics"
+            fix = f"{fault.fix} (a new task needs data.prompt, data.completion and eval.metrics)"
             yield Problem(("task",), f"is {task!r}, which is no task", fault.expected, fix)
     elif missing:
         what = f"is the new task {task!r}, which lacks {', '.join(missing)}"

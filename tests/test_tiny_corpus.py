@@ -19,6 +19,7 @@ from conftest import trl_template
 from scripts.build_datasets import DATASETS, split_rows
 from scripts.tiny_corpus import mixture
 from scripts.tiny_corpus.holdout import Part, Row
+from scripts.tiny_corpus.pretraining import CYCLES
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "qlora_kit" / "bases" / "tiny"
@@ -114,9 +115,8 @@ def bodies(held_out: list[tuple[str, Row]]) -> set[str]:
     return {body for task, row in held_out if task == "code_generation" for body in bodies_of(row.fields["code"])}
 
 
-def faults_of_chunk(chunk: int, runs: WordRuns, bodies: set[str]) -> list[str]:
+def faults_of_chunk(documents: list[str], runs: WordRuns, bodies: set[str]) -> list[str]:
     """What one chunk of the pretraining text shares with the held-out rows, and the label words in it."""
-    documents = mixture.documents(chunk)
     text = "".join(documents)
     modules = [passage for document in documents for passage in passages_of(document) if "def " in passage]
     told = {body for module in modules for body in bodies_of(module)}
@@ -147,18 +147,24 @@ def test_train_rows_do_occur_in_the_pretraining_text() -> None:
     assert any("def " in passage for document in documents for passage in passages_of(document))
 
 
+@pytest.mark.parametrize("cycle", range(len(CYCLES)))
 @pytest.mark.parametrize("chunk", NORMAL_CHUNKS)
-def test_no_held_out_row_is_in_the_pretraining_text(chunk: int, runs: WordRuns, bodies: set[str]) -> None:
-    assert faults_of_chunk(chunk, runs, bodies) == []
+def test_no_held_out_row_is_in_the_pretraining_text(chunk: int, cycle: int, runs: WordRuns, bodies: set[str]) -> None:
+    assert faults_of_chunk(CYCLES[cycle].documents(chunk), runs, bodies) == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_no_held_out_row_is_in_any_chunk(runs: WordRuns, bodies: set[str]) -> None:
-    chunks = json.loads((TINY / "pretraining.json").read_text(encoding="utf-8"))["chunks"]
-    assert chunks > len(NORMAL_CHUNKS)
-    faults = {chunk: faults_of_chunk(chunk, runs, bodies) for chunk in range(chunks)}
-    assert not {chunk: found for chunk, found in faults.items() if found}
+    """All the text that the shipped weights saw; the run noted how many chunks each cycle took."""
+    counts = json.loads((TINY / "pretraining.json").read_text(encoding="utf-8"))["chunks"]
+    assert len(counts) == len(CYCLES)
+    faults = {
+        (number, chunk): faults_of_chunk(cycle.documents(chunk), runs, bodies)
+        for number, (cycle, count) in enumerate(zip(CYCLES, counts, strict=True))
+        for chunk in range(count)
+    }
+    assert not {place: found for place, found in faults.items() if found}
 
 
 def test_a_chunk_is_the_same_in_every_process() -> None:
@@ -181,7 +187,8 @@ def test_a_chunk_holds_every_domain_and_both_kinds_of_document() -> None:
     assert all(document.endswith("<|endoftext|>") for document in documents)
     blocks = sum(document.startswith("<|im_start|>") for document in documents)
     assert 0.4 < blocks / len(documents) < 0.6
-    assert sum(share for share, _ in mixture.DOMAINS.values()) == pytest.approx(1)
+    for shares in (mixture.DOMAINS, mixture.PRACTICE):
+        assert sum(share for share, _ in shares.values()) == pytest.approx(1)
     assert {match for d in documents for match in re.findall(r"<\|im_start\|>(\w+)\n", d)} == set(mixture.HEADINGS)
 
 

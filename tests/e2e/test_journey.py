@@ -1,4 +1,4 @@
-"""The whole job on the shipped base: data, train, resume, publish, swap, evaluate, merge, load in plain transformers."""
+"""The whole job on the shipped base: data, train, resume, publish, swap, evaluate, merge, load elsewhere."""
 
 from __future__ import annotations
 
