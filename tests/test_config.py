@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.config import RunConfig, load_config
+from qlora_kit.config.train_section import _BOUNDS, CONTROLLED, TrainSection
 from qlora_kit.errors import ConfigError
-from qlora_kit.train_section import _BOUNDS, CONTROLLED, TrainSection
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SMALL = "name: run\ntask: sentiment\ndata:\n  train: rows.csv\n"
@@ -253,7 +253,7 @@ def test_config_is_frozen(tmp_path: Path) -> None:
 
 
 def test_declared_train_fields_are_sft_fields_and_free() -> None:
-    from qlora_kit.sft_fields import sft_fields
+    from qlora_kit.config.sft_fields import sft_fields
 
     assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"}
     assert not set(CONTROLLED) & set(TrainSection.model_fields)

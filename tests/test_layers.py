@@ -17,8 +17,8 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         (
-            "errors suggest strict_json yaml_source atomic safetensors_header assertion_child",
-            "tasks formats metrics sft_fields train_section config_sections config adapters architecture starter",
+            "errors suggest strict_json atomic safetensors_header assertion_child",
+            "tasks formats metrics config adapters architecture starter",
             "shard_writer checkpoint data models code_execution generation likelihood scoring",
             "training engine merging data_check",
             "evaluation_plan evaluation",

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from qlora_kit.sft_fields import SftField, sft_fields
+from qlora_kit.config.sft_fields import SftField, sft_fields
 
 
 def test_names_equal_those_of_the_imported_class() -> None:

@@ -7,8 +7,8 @@ import math
 import pytest
 import yaml
 
+from qlora_kit.config.yaml_source import dump_yaml, parse_value, parse_yaml
 from qlora_kit.errors import ConfigError
-from qlora_kit.yaml_source import dump_yaml, parse_value, parse_yaml
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from qlora_kit.safetensors_header import shown
 RUN_CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 MAX_TEXT_BYTES = 16_000_000
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+"""What a run, a task and an adapter may be called."""
+_NAME = re.compile(NAME_PATTERN)
 _LOCK_FILE = ".lock"
 
 

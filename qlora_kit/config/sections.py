@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from qlora_kit.config.train_section import SECTION, Names, as_names, wrong_value
 from qlora_kit.formats import FORMATS
 from qlora_kit.metrics import METRICS
 from qlora_kit.tasks import template_fields
-from qlora_kit.train_section import SECTION, Names, as_names, wrong_value
 
 
 def _modules(value: object) -> str | tuple[str, ...]:

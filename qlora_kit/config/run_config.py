@@ -16,15 +16,15 @@ from typing import Any
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
-from qlora_kit.config_sections import DataSection, EvalSection, LoraSection, ModelSection, QuantizationSection
+from qlora_kit.adapters.store import NAME_PATTERN
+from qlora_kit.config.sections import DataSection, EvalSection, LoraSection, ModelSection, QuantizationSection
+from qlora_kit.config.sft_fields import sft_fields
+from qlora_kit.config.train_section import SECTION, Problem, TrainSection, settable_fields, undeclared_problems
+from qlora_kit.config.yaml_source import KeyPath, dump_yaml, parse_value, read_yaml
 from qlora_kit.errors import ConfigError, Fault
-from qlora_kit.sft_fields import sft_fields
 from qlora_kit.suggest import advice, nearest
 from qlora_kit.tasks import TASKS, Task, get_task, template_fields
-from qlora_kit.train_section import SECTION, Problem, TrainSection, settable_fields, undeclared_problems
-from qlora_kit.yaml_source import KeyPath, dump_yaml, parse_value, read_yaml
 
-NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 NEW_TASK_MAX_NEW_TOKENS = 256
 _FOLLOW_UP = "default_factory_not_called"  # pydantic adds it to another key's fault
 

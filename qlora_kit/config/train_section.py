@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from qlora_kit.sft_fields import SftField, sft_fields
+from qlora_kit.config.sft_fields import SftField, sft_fields
 from qlora_kit.suggest import advice
 
 SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
