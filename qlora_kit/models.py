@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from qlora_kit.adapters import BaseFacts, base_fingerprint
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.errors import BaseModelError
+from qlora_kit.safetensors_header import locate_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +28,7 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 SMALL_HUB_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 HUB_FILES = ["*.safetensors", *SMALL_HUB_FILES]
 CODE_SAMPLES = 32
+FP32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -338,6 +341,25 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection) -> PeftModel:
 
 def _as_peft(modules: str | tuple[str, ...] | None) -> str | list[str] | None:
     return list(modules) if isinstance(modules, tuple) else modules
+
+
+def adapter_bytes_at_most(ref: BaseRef, lora: LoraSection) -> int:
+    """Upper bound of the adapter's size in fp32, from the headers of the base's weight files.
+
+    Every matrix is counted as adapted, whatever ``target_modules`` says, and modules to save with all their weights.
+
+    Raises:
+        BaseModelError: The weight files are damaged.
+    """
+    tensors = {name: place.info.shape for name, place in locate_tensors(ref.path, error=BaseModelError).items()}
+    r = max(lora.r, *lora.rank_pattern.values(), 0)
+    pairs = sum(r * sum(shape) for shape in tensors.values() if len(shape) == 2)
+    saved = sum(
+        prod(shape)
+        for name, shape in tensors.items()
+        if any(f".{module}." in f".{name}" for module in lora.modules_to_save)
+    )
+    return FP32_BYTES * (pairs + saved)
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

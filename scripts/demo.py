@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "demo"
 STORE = RUNS / "adapters"
-# Shorter runs than `make adapters` makes: enough to see the gain.
-TASKS = {"sentiment": ["train.max_steps=300"], "translation": ["train.max_steps=300"]}
+# Translation needs less than the whole run of `make adapters` to show its gain.
+TASKS: dict[str, list[str]] = {"sentiment": [], "translation": ["train.max_steps=120"]}
 SCORED_ROWS = 100
 PROMPTS = (
     "At first it looked dreadful, but in the end it was anything but boring.",

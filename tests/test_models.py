@@ -20,6 +20,7 @@ from qlora_kit.errors import BaseModelError
 from qlora_kit.models import (
     TINY_FOLDER,
     BaseRef,
+    adapter_bytes_at_most,
     attach_lora,
     compute_dtype,
     linear4bit_modules,
@@ -248,3 +249,11 @@ def test_targets_that_the_base_lacks_are_refused(random_base: Path) -> None:
     model = load_base_model(resolve_base(str(random_base)), NF4, device=CPU)
     with pytest.raises(BaseModelError, match=r"no adapter can be attached(.|\n)*all-linear"):
         attach_lora(model, LoraSection(target_modules=("c_attn",)))
+
+
+def test_the_bound_of_an_adapters_size_is_one(random_base: Path) -> None:
+    """Checked against PEFT's own count: never too small, and not many times too large."""
+    ref = resolve_base(str(random_base))
+    model = attach_lora(load_base_model(ref, QuantizationSection(), device=torch.device("cpu")), LoraSection(r=4))
+    actual = 4 * trainable_parameters(model)
+    assert actual <= adapter_bytes_at_most(ref, LoraSection(r=4)) <= 3 * actual

@@ -23,6 +23,7 @@ from qlora_kit.data.preparing import PreparedData, prepare
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.models import (
     BaseRef,
+    adapter_bytes_at_most,
     attach_lora,
     compute_dtype,
     default_device,
@@ -120,9 +121,10 @@ def train(
     train_rows, validation_rows = _encode(config, data, tokenizer)
     device = default_device()
     arguments = _sft_config(config, device)
+    require_space_for_run(
+        folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), checkpoints=config.train.save_total_limit
+    )
     model, quantization = _load_model(config, ref, device)
-    adapter_bytes = trainable_parameters(model) * torch.float32.itemsize
-    require_space_for_run(folder, adapter_bytes=adapter_bytes, checkpoints=config.train.save_total_limit)
     if checkpoint is None:
         clear_run_folder(folder)
     try:

@@ -37,6 +37,13 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
         )
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file", expected="a folder, or a free name", fix="choose another output_dir")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(
+            f"{folder}: nothing can be written into {existing}",
+            expected="a place that this user may write to",
+            fix="set another output_dir, or mend the permissions",
+        )
     if resume:
         checkpoint = newest_checkpoint(folder)
         if checkpoint is None:
