@@ -35,6 +35,12 @@ PRACTICE: Shares = {
     "stories": (0.04, stories.passage),
     "copying": (0.05, copying.passage),
 }
+# Practice across separators: what one block asks, another one before it told.
+BLOCK_PRACTICE: dict[str, tuple[float, Callable[[random.Random], list[str]]]] = {
+    "lookup": (0.75, practice.lookup_blocks),
+    "verdict": (0.25, practice.verdict_blocks),
+}
+BLOCK_PRACTICE_SHARE = 0.7
 # Words that stand after a block's start; what follows has nothing to do with them. The chat roles are among them, so
 # that no token of the chat template stays untrained.
 HEADINGS = ("note", "text", "page", "list", "letter", "user", "assistant", "system")
@@ -71,3 +77,23 @@ def practice_documents(chunk: int) -> list[str]:
     """The documents of one chunk of the text of the last stage."""
     rng = random.Random(f"tiny practice text, chunk {chunk}")
     return [document(rng, PRACTICE) for _ in range(DOCUMENTS_A_CHUNK)]
+
+
+def block_practice_documents(chunk: int) -> list[str]:
+    """The documents of one chunk of the last cycle: practice across blocks, and documents of the cycle before."""
+    rng = random.Random(f"tiny block practice text, chunk {chunk}")
+    return [
+        practised_blocks(rng) if rng.random() < BLOCK_PRACTICE_SHARE else document(rng, PRACTICE)
+        for _ in range(DOCUMENTS_A_CHUNK)
+    ]
+
+
+def practised_blocks(rng: random.Random) -> str:
+    """One document whose paragraphs belong together although separators stand between them."""
+    shares = BLOCK_PRACTICE.values()
+    make = rng.choices([make for _, make in shares], [share for share, _ in shares])[0]
+    while True:
+        paragraphs = make(rng)
+        if not facts.held_out_in(" ".join(paragraphs)):
+            break
+    return "".join(f"{BLOCK_START}{rng.choice(HEADINGS)}\n{text}{BLOCK_END}\n" for text in paragraphs) + END_OF_TEXT

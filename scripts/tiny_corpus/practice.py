@@ -17,24 +17,53 @@ REVIEWS_A_PASSAGE = 6
 SHORT_SHARE = 0.5
 
 
-def lookup_passage(rng: random.Random) -> str:
-    """Facts of the train part, then questions about them, each answered by its value before any key is said again."""
+def lookups(rng: random.Random) -> tuple[str, list[tuple[str, str]]]:
+    """Facts of the train part, and questions about them with what somebody thought of: the value, before any key."""
     drawn = facts.draw_facts(rng, rng.choice(list(facts.RELATIONS)), "train")
-    sentences = [facts.tell(rng, drawn)]
-    for fact in rng.sample(drawn, len(drawn)):
-        thought = rng.choice(THOUGHTS).format(n=rng.choice(FIRST_NAMES), v=fact.value)
-        sentences.append(f"{fact.question(rng)} {thought}")
-    return " ".join(sentences)
+    asked = [
+        (fact.question(rng), rng.choice(THOUGHTS).format(n=rng.choice(FIRST_NAMES), v=fact.value))
+        for fact in rng.sample(drawn, len(drawn))
+    ]
+    return facts.tell(rng, drawn), asked
 
 
-def verdict_passage(rng: random.Random) -> str:
-    """Reviews of the train part, each followed by the face that its writer made."""
-    sentences = []
+def lookup_passage(rng: random.Random) -> str:
+    """Facts, questions and thoughts in one paragraph."""
+    text, asked = lookups(rng)
+    return " ".join((text, *(f"{question} {thought}" for question, thought in asked)))
+
+
+def lookup_blocks(rng: random.Random) -> list[str]:
+    """The same in paragraphs of their own: the text with the first question, then thought and question in turn."""
+    text, asked = lookups(rng)
+    paragraphs = [text]
+    for question, thought in asked:
+        if rng.random() < 0.5:
+            paragraphs[-1] += f"\n\n{question}"
+        else:
+            paragraphs.append(question)
+        paragraphs.append(thought)
+    return paragraphs
+
+
+def verdicts(rng: random.Random) -> list[tuple[str, str]]:
+    """Reviews of the train part, and the face that each writer made."""
+    pairs = []
     for _ in range(REVIEWS_A_PASSAGE):
         value = rng.choice((1, -1, 0))
         if rng.random() < SHORT_SHARE:
             text = f"It was {reviews.draw_predicate(rng, value, after_be=True)[1]}."
         else:
             text = reviews.draw_review(rng, part="train", value=value).text
-        sentences.append(f"{text} {rng.choice(FIRST_NAMES)} {FACES[value]}.")
-    return " ".join(sentences)
+        pairs.append((text, f"{rng.choice(FIRST_NAMES)} {FACES[value]}."))
+    return pairs
+
+
+def verdict_passage(rng: random.Random) -> str:
+    """Reviews and faces in one paragraph."""
+    return " ".join(f"{text} {face}" for text, face in verdicts(rng))
+
+
+def verdict_blocks(rng: random.Random) -> list[str]:
+    """Reviews and faces in paragraphs of their own."""
+    return [paragraph for pair in verdicts(rng) for paragraph in pair]
