@@ -16,7 +16,7 @@ demo: $(VENV)/installed      ## train two adapters, compare, swap, merge (a few 
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/installed      ## the whole test suite but what is marked slow or gpu
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed      ## formatting, lint rules, types
 	$(BIN)/ruff format --check .
