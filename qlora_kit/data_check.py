@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qlora_kit.base_files import resolve_base
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
 from qlora_kit.data.encoding import encode_examples
 from qlora_kit.data.ledger import DataReport, Problem
 from qlora_kit.data.preparing import examine
 from qlora_kit.errors import DataError
-from qlora_kit.models import load_tokenizer, resolve_base
+from qlora_kit.models import load_tokenizer
 
 
 def check(config: RunConfig) -> tuple[DataReport, Sequence[Problem]]:

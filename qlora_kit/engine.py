@@ -20,20 +20,13 @@ from qlora_kit.adapters import (
     check_adapter_folder,
     pair_faults,
 )
+from qlora_kit.base_files import BaseRef, resolve_base
 from qlora_kit.config import QuantizationSection
 from qlora_kit.data.chat import render_prompts, stop_token_ids
 from qlora_kit.errors import AdapterError
 from qlora_kit.formats import Message
 from qlora_kit.generation import FinishReason, Sampling, generate
-from qlora_kit.models import (
-    BaseRef,
-    base_facts,
-    linear_shapes,
-    load_base_model,
-    load_tokenizer,
-    quantization_facts,
-    resolve_base,
-)
+from qlora_kit.models import base_facts, linear_shapes, load_base_model, load_tokenizer, quantization_facts
 
 if TYPE_CHECKING:
     import torch

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from qlora_kit.adapters import AdapterContract, BaseIdentity, base_fingerprint
+from qlora_kit.base_files import resolve_base
 from qlora_kit.data.chat import chat_template_sha256
 from qlora_kit.engine import Answer, Engine
 from qlora_kit.errors import AdapterError
 from qlora_kit.formats import Message
 from qlora_kit.generation import Completion, Sampling
-from qlora_kit.models import load_base_model, resolve_base
+from qlora_kit.models import load_base_model
 
 IDS = torch.arange(40, 70).reshape(2, 15)
 SYSTEM = "Is this review positive, negative or neutral?"

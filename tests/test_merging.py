@@ -26,12 +26,13 @@ from transformers import (
 )
 
 from qlora_kit.adapters import AdapterContract, BaseIdentity
+from qlora_kit.base_files import BaseRef
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import AdapterError, BaseModelError, GuardError, OutputError, QloraKitError
 from qlora_kit.merging import MergeResult, merge_adapter
 from qlora_kit.merging.arithmetic import four_bit_round_trip, half_ulp
 from qlora_kit.merging.planning import read_layout
-from qlora_kit.models import BaseRef, base_facts, load_base_model
+from qlora_kit.models import base_facts, load_base_model
 from qlora_kit.shard_writer import ShardWriter
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

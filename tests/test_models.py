@@ -15,11 +15,10 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from qlora_kit.base_files import TINY_FOLDER, BaseRef, resolve_base
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.errors import BaseModelError
 from qlora_kit.models import (
-    TINY_FOLDER,
-    BaseRef,
     adapter_bytes_at_most,
     attach_lora,
     compute_dtype,
@@ -29,7 +28,6 @@ from qlora_kit.models import (
     load_tokenizer,
     nf4_code_samples,
     quantization_facts,
-    resolve_base,
     trainable_parameters,
 )
 
@@ -79,7 +77,7 @@ def nf4_model(random_base: Path) -> PreTrainedModel:
 
 def test_a_base_is_tiny_or_a_folder(random_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_base(str(random_base)) == BaseRef(str(random_base), random_base)
-    monkeypatch.setattr("qlora_kit.models.TINY_FOLDER", random_base)
+    monkeypatch.setattr("qlora_kit.base_files.TINY_FOLDER", random_base)
     assert resolve_base("tiny") == BaseRef("tiny", random_base)
     assert TINY_FOLDER.parts[-3:] == ("qlora_kit", "bases", "tiny")
 

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.adapters import AdapterContract, base_fingerprint, check_adapter_folder
+from qlora_kit.base_files import resolve_base
 from qlora_kit.config import load_config
 from qlora_kit.errors import DataError, GuardError, Interrupted, OutputError
-from qlora_kit.models import load_base_model, resolve_base
+from qlora_kit.models import load_base_model
 from qlora_kit.training import TrainResult, train
 from qlora_kit.training.callbacks import GuardedTrainer, TrainingProgress
 from qlora_kit.training.run_folder import newest_checkpoint, open_run_folder, publish

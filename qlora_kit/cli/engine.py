@@ -21,8 +21,8 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
         BaseModelError: The base cannot be found or loaded.
     """
     from qlora_kit.adapters import AdapterStore, BaseFacts, base_fingerprint
+    from qlora_kit.base_files import resolve_base
     from qlora_kit.config import QuantizationSection
-    from qlora_kit.models import resolve_base
 
     shown = [AdapterStore(store).show(adapter).contract for adapter in adapters]
     contracts = [contract for contract in shown if contract is not None]

@@ -23,8 +23,8 @@ def info(
 ) -> None:
     """Describe a base from its small files: sizes, parameters, template and stop tokens, LoRA's targets."""
     from qlora_kit.architecture import read_architecture
+    from qlora_kit.base_files import read_model_config, resolve_description
     from qlora_kit.data.template_file import read_stop_facts
-    from qlora_kit.models import read_model_config, resolve_description
 
     ref = resolve_description(model)
     config = read_model_config(ref)

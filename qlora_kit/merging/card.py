@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlora_kit.base_files import HUB_ID
 from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.results import MergeResult
-from qlora_kit.models import HUB_ID
 
 _ONTO = {
     "dequantized": "the base's weights as the 4-bit layers computed with them in training",

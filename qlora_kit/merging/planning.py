@@ -15,10 +15,11 @@ from qlora_kit.adapters import (
     check_adapter_folder,
     pair_faults,
 )
+from qlora_kit.base_files import BaseRef, read_model_config, resolve_base
 from qlora_kit.checkpoint import TensorSource, require_free_space
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
-from qlora_kit.models import BaseRef, base_facts, load_tokenizer, read_model_config, resolve_base
+from qlora_kit.models import base_facts, load_tokenizer
 from qlora_kit.safetensors_header import DTYPE_BYTES, shown
 
 REPORT_FILE = "merge_report.json"

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.base_files import BaseRef
 from qlora_kit.checkpoint import TensorSource
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import BaseModelError, Fault, GuardError
@@ -17,7 +18,7 @@ from qlora_kit.merging.probes import compare_logits, probe_logits, probe_prompts
 from qlora_kit.merging.reference import Reference
 from qlora_kit.merging.results import LogitDifference, TensorCheck, Verification
 from qlora_kit.merging.writing import LoraFactors, changes_nothing
-from qlora_kit.models import BaseRef, load_base_model, load_tokenizer
+from qlora_kit.models import load_base_model, load_tokenizer
 
 if TYPE_CHECKING:
     import torch

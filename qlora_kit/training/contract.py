@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import AdapterContract, BaseIdentity, DataFile, base_fingerprint
+from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.models import BaseRef
 
 if TYPE_CHECKING:
     from peft import PeftModel

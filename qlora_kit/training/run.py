@@ -16,13 +16,13 @@ from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
 from qlora_kit.atomic import full_disk_errors
+from qlora_kit.base_files import BaseRef, resolve_base
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
 from qlora_kit.data.encoding import encode_examples
 from qlora_kit.data.preparing import PreparedData, prepare
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.models import (
-    BaseRef,
     adapter_bytes_at_most,
     attach_lora,
     compute_dtype,
@@ -30,7 +30,6 @@ from qlora_kit.models import (
     load_base_model,
     load_tokenizer,
     quantization_facts,
-    resolve_base,
     trainable_parameters,
 )
 from qlora_kit.training.callbacks import (

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.adapters import AdapterContract, AdapterStore
+from qlora_kit.base_files import TINY_FOLDER
 from qlora_kit.engine import Engine
 from qlora_kit.evaluation import evaluate
-from qlora_kit.models import TINY_FOLDER
 from qlora_kit.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
