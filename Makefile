@@ -40,7 +40,7 @@ adapters: $(VENV)/installed  ## train the five shipped adapters of `tiny` into a
 datasets: $(VENV)/installed  ## write datasets/ again (the same bytes)
 	$(BIN)/python scripts/build_datasets.py
 
-tiny: $(VENV)/installed      ## pretrain the embedded base again (about an hour on two cores)
+tiny: $(VENV)/installed      ## pretrain the embedded base again (about 50 minutes on two cores)
 	$(BIN)/python scripts/build_tiny_base.py --work /tmp/qlora-kit-tiny
 
 clean:                       ## remove the virtual environment and everything that runs wrote

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import posix
 import resource
 import sys
 
 REASON_CHARACTERS = 500
-_REFUSED_EVENTS = ("os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "socket.", "ctypes.")
+_REFUSED_EVENTS = (  # beginnings of the names of audit events (https://docs.python.org/3/library/audit_events.html)
+    *("os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "socket.", "ctypes.", "syslog."),
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink", "shutil.", "tempfile."),
+    *("os.chmod", "os.chown", "os.chflags", "os.utime", "os.setxattr", "os.removexattr"),
+    *("resource.setrlimit", "resource.prlimit", "sqlite3."),
+)
+_REFUSED_IMPORTS = ("_dbm", "_gdbm", "readline")  # they create files without an audit event
+_UNAUDITED = ("mkfifo", "mknod", "chroot")
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def limit_resources(cpu_seconds: int, memory_bytes: int) -> None:
@@ -27,9 +36,27 @@ def limit_resources(cpu_seconds: int, memory_bytes: int) -> None:
 
 
 def refuse(event: str, arguments: tuple[object, ...]) -> None:
-    """Audit hook: no process and no connection is started, not even by the superuser, whom RLIMIT_NPROC ignores."""
-    if event.startswith(_REFUSED_EVENTS):
-        raise PermissionError(f"{event} is not allowed here")
+    """Audit hook: no process, no connection, and no file created, changed, moved or deleted, whoever the user is."""
+    if event == "open":
+        _, mode, flags = arguments
+        refused = (isinstance(flags, int) and flags & _WRITE_FLAGS) or (
+            isinstance(mode, str) and set(mode) & set("wax+")
+        )
+    elif event == "import":
+        refused = arguments[0] in _REFUSED_IMPORTS
+    else:
+        refused = event.startswith(_REFUSED_EVENTS)
+    if refused:
+        what = "writing a file" if event == "open" else event
+        raise PermissionError(f"{what} is not allowed here")
+
+
+def restrict() -> None:
+    """Refuse from here on what ``refuse`` names, and take away what raises no audit event."""
+    for module in (os, posix):
+        for name in _UNAUDITED:
+            vars(module).pop(name, None)
+    sys.addaudithook(refuse)
 
 
 def run(code: str, tests: list[str]) -> tuple[str, str]:
@@ -57,7 +84,7 @@ def main() -> None:
     for descriptor in (0, 1, 2):  # what the code prints goes nowhere, so that the verdict stands alone
         os.dup2(silence, descriptor)
     limit_resources(job["cpu_seconds"], job["memory_bytes"])
-    sys.addaudithook(refuse)
+    restrict()
     status, reason = run(job["code"], job["tests"])
     os.write(verdict, json.dumps([status, reason[:REASON_CHARACTERS]]).encode())
     os._exit(0)  # nothing that the code registered runs after the verdict

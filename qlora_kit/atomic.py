@@ -35,7 +35,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     Raises:
         OutputError: ``target`` is occupied, its parent cannot be written to, or the disk is full.
     """
-    target = _checked_target(target)
+    target = checked_target(target)
     with _disk_errors(target, target):
         _restore_moved_aside(target)
         _refuse_occupied(target, overwrite=overwrite)
@@ -141,7 +141,12 @@ def discard_directory(path: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _checked_target(target: Path) -> Path:
+def checked_target(target: Path) -> Path:
+    """The real path of a folder that is to be made or replaced as a whole.
+
+    Raises:
+        OutputError: It is the current folder, one that holds it, or the home folder.
+    """
     target = Path(os.path.realpath(target))
     current = Path.cwd()
     if target in (current, *current.parents, Path.home()):

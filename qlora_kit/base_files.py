@@ -43,13 +43,13 @@ def resolve_base(base: str, revision: str | None = None) -> BaseRef:
     return ref
 
 
-def resolve_description(base: str) -> BaseRef:
+def resolve_description(base: str, revision: str | None = None) -> BaseRef:
     """Find a base's configs and tokenizer files as ``resolve_base`` does; no weights are downloaded or asked for.
 
     Raises:
         BaseModelError: It is no base's name, or cannot be downloaded.
     """
-    return _find(base, None, SMALL_HUB_FILES)
+    return _find(base, revision, SMALL_HUB_FILES)
 
 
 def _find(base: str, revision: str | None, hub_files: list[str]) -> BaseRef:

@@ -1,9 +1,10 @@
 """Run a generated function and its assertions in a limited child process, and say whether they hold.
 
 This is a limited child process, **not a sandbox against malice**: an isolated interpreter with an empty environment,
-a temporary working directory, limits on CPU, memory, files and processes, and a deadline. It stops mistakes (endless
-loops, huge lists, files, forks); code that sets out to do harm can still read what the user can read. Run untrusted
-models inside a container or a virtual machine.
+a temporary working directory, limits on CPU, memory, written bytes and processes, a deadline, and an audit hook that
+refuses to start a process, to connect, and to create, write, rename or delete a file. It stops mistakes (endless loops,
+huge lists, forks, a stray ``os.remove``). Code that sets out to do harm can still read what the user can read, get
+round the hook, and claim to have passed: run untrusted models inside a container or a virtual machine.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,34 +77,66 @@ def run_assertions(code: str, tests: Sequence[str], *, timeout_seconds: float = 
 
 
 def _run_child(job: bytes, folder: Path, timeout_seconds: float) -> ExecutionResult:
-    # -I: no user site, no PYTHON* variables, no current directory on the path; -S: no installed packages.
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env={},
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(job, timeout=timeout_seconds)
-    except subprocess.TimeoutExpired:
-        return ExecutionResult("timeout", f"no verdict after {timeout_seconds:g} seconds")
-    finally:
-        if process.poll() is None:  # past the deadline, or interrupted: end the child and whatever it started
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return _read_verdict(output[:OUTPUT_BYTES], process.returncode)
+    deadline = time.monotonic() + timeout_seconds
+    with tempfile.TemporaryFile() as stdin:
+        stdin.write(job)
+        stdin.seek(0)
+        # -I: no user site, no PYTHON* variables, no current directory on the path; -S: no installed packages.
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_CHILD)],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={},
+            start_new_session=True,
+        )
+    with process:
+        try:
+            output = _read_output(process, deadline)
+            if len(output) > OUTPUT_BYTES:
+                return ExecutionResult("error", f"the process wrote more than {OUTPUT_BYTES} bytes")
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return ExecutionResult("timeout", f"no verdict after {timeout_seconds:g} seconds")
+        finally:
+            if process.poll() is None:  # past a limit, or interrupted: end the child and whatever it started
+                os.killpg(process.pid, signal.SIGKILL)
+    return _read_verdict(output, process.returncode)
+
+
+def _read_output(process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    """What the process writes until it closes its output, at most one byte more than ``OUTPUT_BYTES``.
+
+    Raises:
+        subprocess.TimeoutExpired: The deadline, on the monotonic clock, passed.
+    """
+    output = b""
+    pipe = process.stdout
+    if pipe is None:
+        raise ValueError("the process has no pipe to read from")
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while len(output) <= OUTPUT_BYTES:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise subprocess.TimeoutExpired(process.args, 0)
+            chunk = os.read(pipe.fileno(), OUTPUT_BYTES + 1 - len(output))
+            if not chunk:
+                break
+            output += chunk
+    return output
 
 
 def _read_verdict(output: bytes, returncode: int) -> ExecutionResult:
-    try:
-        status, reason = json.loads(output)
-    except ValueError:  # no verdict, or not one of the child's
-        if returncode == -signal.SIGXCPU or returncode == -signal.SIGKILL:
+    if not output:
+        if returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return ExecutionResult("timeout", "the CPU limit was reached")
         return ExecutionResult("error", f"the process ended without a verdict (code {returncode})")
-    if status not in ("passed", "failed", "error") or not isinstance(reason, str):
-        return ExecutionResult("error", "the process wrote something else than a verdict")
-    return ExecutionResult(status, reason)
+    try:
+        verdict = json.loads(output)
+    except (ValueError, RecursionError):
+        verdict = None
+    match verdict:
+        case ["passed" | "failed" | "error" as status, str(reason)]:
+            return ExecutionResult(status, reason.encode("utf-8", "replace").decode())  # no lone surrogates
+    return ExecutionResult("error", "the process wrote something else than a verdict")

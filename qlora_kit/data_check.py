@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_kit.base_files import resolve_base
+from qlora_kit.base_files import resolve_description
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
-from qlora_kit.data.encoding import encode_examples
+from qlora_kit.data.encoding import encode_split
 from qlora_kit.data.ledger import DataReport, Problem
 from qlora_kit.data.preparing import examine
 from qlora_kit.errors import DataError
@@ -20,7 +20,7 @@ def check(config: RunConfig) -> tuple[DataReport, Sequence[Problem]]:
     Returns:
         The report, and the problems because of which ``train`` would refuse the data.
     """
-    tokenizer = load_tokenizer(resolve_base(config.model.base, config.model.revision))
+    tokenizer = load_tokenizer(resolve_description(config.model.base, config.model.revision))
     data = examine(config, control_tokens=control_tokens(tokenizer))
     stopping = list(data.stopping)
     for split, examples in (("train", data.train), ("validation", data.validation), ("test", data.test)):
@@ -28,15 +28,7 @@ def check(config: RunConfig) -> tuple[DataReport, Sequence[Problem]]:
             continue
         known = len(data.ledger.problems)
         try:
-            encode_examples(
-                examples,
-                tokenizer,
-                max_length=config.train.max_length,
-                loss_on=config.data.loss_on,
-                overlength=config.data.overlength,
-                ledger=data.ledger,
-                split=split,
-            )
+            encode_split(config, examples, tokenizer, ledger=data.ledger, split=split)
         except DataError:
             stopping += data.ledger.problems[known:]
     return data.report, stopping

@@ -20,6 +20,7 @@ from qlora_kit.adapters import (
     check_adapter_folder,
     pair_faults,
 )
+from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.base_files import BaseRef, resolve_base
 from qlora_kit.config import QuantizationSection
 from qlora_kit.data.chat import render_prompts, stop_token_ids
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-DEFAULT_STORE = Path("adapters")
 
 
 @dataclass(frozen=True)

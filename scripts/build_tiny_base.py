@@ -2,7 +2,7 @@
 
     python scripts/build_tiny_base.py --work /tmp/tiny
 
-Needs torch, transformers and a C++ compiler (torch.compile). About 45 minutes on two cores with AVX512-BF16.
+Needs torch, transformers and a C++ compiler (torch.compile). About 50 minutes on two cores with AVX512-BF16.
 """
 
 from __future__ import annotations

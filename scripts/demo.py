@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from qlora_kit.generation import Sampling
 
@@ -101,9 +102,9 @@ def answers_table(engine: Engine) -> Table:
         table.add_column(column, overflow="fold")
     before = {prompt: engine.ask(prompt, sampling=SHORT).text for prompt in PROMPTS}
     for prompt in PROMPTS:
-        table.add_row(prompt, "the base", before[prompt])
+        table.add_row(Text(prompt), "the base", Text(before[prompt]))
         for adapter in TASKS:
-            table.add_row("", adapter, engine.ask(prompt, adapter=adapter, sampling=SHORT).text)
+            table.add_row("", Text(adapter), Text(engine.ask(prompt, adapter=adapter, sampling=SHORT).text))
     unchanged = all(engine.ask(prompt, sampling=SHORT).text == text for prompt, text in before.items())
     table.caption = f"after all swaps the base answers {'as before' if unchanged else 'DIFFERENTLY'}"
     return table
@@ -118,13 +119,12 @@ def gains_table(card: Scorecard) -> Table:
     for column in ("task", "metric", "base", "adapter", "gain", "answers that stop"):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for gain in card.headline():
-        base_value = 0.0 if gain.base_value is None else gain.base_value
         table.add_row(
             gain.task,
             gain.metric,
-            f"{base_value:.2f}",
+            "" if gain.base_value is None else f"{gain.base_value:.2f}",
             f"{gain.adapter_value:.2f}",
-            f"{gain.adapter_value - base_value:+.2f}",
+            "" if gain.gain is None else f"{gain.gain:+.2f}",
             f"{stop_rates[gain.task, gain.adapter]:.0%}",
         )
     return table

@@ -84,6 +84,8 @@ def test_unknown_keys_are_left_alone(tmp_path: Path) -> None:
         ({"stop_token_ids": [1.5]}, "stop_token_ids is [1.5]"),
         ({"stop_token_ids": [True]}, "stop_token_ids is [True]"),
         ({"generation": None}, "generation is None"),
+        ({"generation": {"max_new_tokens": 0}}, "generation is {'max_new_tokens': 0}"),
+        ({"generation": {"max_new_tokens": "8"}}, "generation is {'max_new_tokens': '8'}"),
         ({"task": ""}, "task is ''"),
         ({"metric_names": "accuracy"}, "metric_names is 'accuracy'"),
         ({"data": [1]}, "data[0] is not an object"),

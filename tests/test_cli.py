@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from qlora_kit.cli import app, main
 from qlora_kit.training import TrainResult
 
 ROOT = Path(__file__).parents[1]
+PROSE = {"into"}  # "merged by qlora-kit into ..."
 CARD = {"name", "task", "base_model", "r", "bytes", "created"}
 
 
@@ -267,6 +270,90 @@ def test_a_wrong_adapter_is_refused(
     refused(command("merge", "reviews", "--out", "merged"), "merged")
 
 
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("limit", [0, -1, 1.5, "8", True])
+def test_a_contract_with_a_wrong_answer_limit_is_refused(
+    command: Callable[..., Outcome], store: Path, limit: object
+) -> None:
+    rewrite(store / "reviews" / "qlora_kit.json", generation={"max_new_tokens": limit})
+    refused(command("generate", "Hello", "--adapter", "reviews"), "generation is", "max_new_tokens")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_unsound_adapters_are_refused_before_the_base_is_loaded(command: Callable[..., Outcome], store: Path) -> None:
+    contract = store / "reviews" / "qlora_kit.json"
+    quantization = json.loads(contract.read_text())["quantization"]
+    rewrite(contract, quantization={**quantization, "bnb_4bit_quant_type": "nf5"})
+    refused(command("generate", "Hello", "--adapter", "reviews"), "qlora_kit.json: quantization", "'nf5'")
+    refused(command("merge", "reviews", "--out", "merged"), "qlora_kit.json: quantization", "'nf5'")
+    rewrite(contract, quantization=quantization)
+    weights = store / "reviews" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    refused(command("generate", "Hello", "--adapter", "reviews"), "adapter_model.safetensors")
+
+
+def test_an_adapter_without_contract_needs_its_base(
+    command: Callable[..., Outcome], store: Path, random_base: Path
+) -> None:
+    (store / "reviews" / "qlora_kit.json").unlink()
+    refused(command("generate", "Hello", "--adapter", "reviews"), "no contract", "give --base (its configuration names")
+    refused(command("eval", "--adapter", "reviews"), "--task NAME")
+    answered = command("generate", "Hello", "--adapter", "reviews", "--base", random_base, "--max-new-tokens", 2)
+    assert answered.code == 0
+    assert answered.err.count("stop tokens cannot be checked") == 1
+
+
+# --- text of others is shown as it is ---
+
+
+@pytest.mark.parametrize("text", ["Answer in [json].", "Never [/x] nor [bold]."])
+def test_markup_in_a_contract_is_plain_text(command: Callable[..., Outcome], store: Path, text: str) -> None:
+    contract = store / "reviews" / "qlora_kit.json"
+    base = json.loads(contract.read_text())["base"]
+    rewrite(contract, system_prompt=text, base={**base, "id": text})
+    shown = command("adapters", "show", "reviews")
+    assert shown.code == 0
+    assert shown.out.count(text) == 2
+    assert text in command("adapters", "list").out
+
+
+def test_markup_in_a_scorecard_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from qlora_kit.cli.evaluation import scorecard_table
+    from qlora_kit.evaluation import Scorecard
+
+    Console(width=80).print(scorecard_table(Scorecard(base="models/[/x]", split="test", pairs=())))
+    assert "models/[/x], test rows" in capsys.readouterr().out
+
+
+# --- commands that messages name ---
+
+
+def test_messages_name_only_verbs_that_exist() -> None:
+    from typer.main import get_command
+
+    verbs = get_command(app).commands
+    named: set[tuple[str, str]] = set()
+    for path in (ROOT / "qlora_kit").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named |= set(re.findall(r"\bqlora-kit ([a-z-]+)(?: ([a-z-]+))?", node.value))
+    named = {(verb, after) for verb, after in named if verb not in PROSE}
+    assert ("adapters", "list") in named
+    unknown = [pair for pair in named if pair[0] not in verbs]
+    unknown += [
+        (verb, after)
+        for verb, after in named
+        if verb == "adapters" and after and after not in verbs["adapters"].commands
+    ]
+    assert unknown == []
+
+
 # --- exit codes ---
 
 
@@ -280,7 +367,8 @@ def test_an_interruption_ends_with_130_and_a_bug_keeps_its_traceback(
         return check
 
     monkeypatch.setattr("qlora_kit.data_check.check", raises(KeyboardInterrupt()))
-    assert command("data", run_yaml).code == 130
+    interrupted = command("data", run_yaml)
+    assert (interrupted.code, interrupted.err) == (130, "interrupted\n")
     monkeypatch.setattr("qlora_kit.data_check.check", raises(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         main(["data", str(run_yaml)])
@@ -296,7 +384,9 @@ def test_a_guard_ends_with_3(command: Callable[..., Outcome], run_yaml: Path, tm
 
 
 def test_a_wrong_option_ends_with_2(command: Callable[..., Outcome]) -> None:
-    assert command("adapters", "list", "--jsn").code == 2
+    wrong = command("adapters", "list", "--jsn")
+    assert wrong.code == 2
+    assert "Usage: qlora-kit adapters list" in wrong.err
     assert command("no-such-verb").code == 2
     assert command("generate").code == 2
 

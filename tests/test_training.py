@@ -20,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from qlora_kit.adapters import AdapterContract, base_fingerprint, check_adapter_folder
+from qlora_kit.adapters import AdapterContract, AdapterStore, base_fingerprint, check_adapter_folder
 from qlora_kit.base_files import resolve_base
 from qlora_kit.config import load_config
 from qlora_kit.errors import DataError, GuardError, Interrupted, OutputError
@@ -297,6 +297,32 @@ def test_an_occupied_folder_is_refused_with_three_ways_on(
     with pytest.raises(OutputError, match="is a file"):
         run("output_dir=" + str(tmp_path / "run" / "notes.txt"))
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_spares_what_no_run_wrote(
+    trained_run: tuple[Path, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "outer" / "run"
+    shutil.copytree(trained_run[0], folder)
+    (folder / ".final.abc.partial").mkdir()
+    (folder / "runs").mkdir()
+    assert open_run_folder(folder, resume=False, overwrite=True) is None
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(OutputError, match="home folder"):
+        open_run_folder(folder, resume=False, overwrite=True)
+    monkeypatch.undo()
+    for current in (folder, folder / "runs"):
+        with monkeypatch.context() as inside:
+            inside.chdir(current)
+            with pytest.raises(OutputError, match="current folder"):
+                open_run_folder(folder, resume=False, overwrite=True)
+    (folder / "thesis.tex").write_text("mine")
+    (folder / ".git").mkdir()
+    with pytest.raises(OutputError, match=r"'\.git', 'thesis\.tex'"):
+        open_run_folder(folder, resume=False, overwrite=True)
+    AdapterStore(tmp_path / "store").add(trained_run[0])
+    with pytest.raises(OutputError, match=r"is an adapter of the store"):
+        open_run_folder(tmp_path / "store" / "reviews", resume=False, overwrite=True)
 
 
 def test_overwrite_replaces_a_run(

@@ -159,8 +159,10 @@ class AdapterContract:
         comparable = base.fingerprint is not None and _kind(base.fingerprint) == _kind(self.base.fingerprint)
         if comparable and base.fingerprint == self.base.fingerprint:
             return []
-        revision = "" if self.base.revision is None else f" --revision {self.base.revision}"
-        fix = f"load the adapter on its own base: --base {self.base.id}{revision}; or train an adapter for this base"
+        own = f"--base {self.base.id}"
+        if self.base.revision is not None:
+            own = f"without --base, the contract's {self.base.id} at revision {self.base.revision} is taken"
+        fix = f"load the adapter on its own base: {own}; or train an adapter for this base"
         effect = "the adapter corrects weights that are not these: answers become wrong without any error"
         faults = []
         if base.id != self.base.id:
@@ -204,7 +206,7 @@ class AdapterContract:
                 f"chat template: the base renders conversations otherwise (hash {template}) than in training; "
                 "the adapter sees prompts of a form it never saw, and answers get worse"
             )
-            fix = "use the tokenizer files that training wrote beside the adapter, or the base's revision of training"
+            fix = "restore the base's own tokenizer files and chat template, or train the adapter again on this base"
             faults.append(Fault(what, f"the template hash {self.chat_template_sha256}", fix))
         if base.stop_token_ids is not None and set(base.stop_token_ids) != set(self.stop_token_ids):
             trained = sorted(set(self.stop_token_ids))
@@ -212,9 +214,8 @@ class AdapterContract:
                 f"stop tokens: trained to end with {trained}, the base stops at {sorted(set(base.stop_token_ids))}; "
                 "answers run on past their end, or end too early"
             )
-            faults.append(
-                Fault(what, f"stop token ids {trained}", f"set eos_token_id to {trained} in generation_config.json")
-            )
+            fix = "restore the base's own tokenizer files and chat template, which say where an answer ends"
+            faults.append(Fault(what, f"stop token ids {trained}", f"{fix}, or train the adapter again on this base"))
         return faults
 
 

@@ -125,6 +125,13 @@ def _is_quantization(value: Any) -> bool:
     return codes is None or _is_texts_object(codes)
 
 
+def _is_generation(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    limit = value.get("max_new_tokens")
+    return limit is None or (type(limit) is int and limit >= 1)
+
+
 def _is_time(value: Any) -> bool:
     try:
         datetime.fromisoformat(value)
@@ -149,7 +156,7 @@ _KINDS: dict[str, _Kind] = {
     "quantization": ("an object with load_in_4bit (and nf4_codes as texts)", _is_quantization),
     "chat_template_sha256": ("a text or null", _is_text_or_null),
     "system_prompt": ("a text or null", _is_text_or_null),
-    "generation": ("an object", _is_object),
+    "generation": ("an object (max_new_tokens a whole number from 1)", _is_generation),
     "task": ("a text", _is_filled_text),
     "config_sha256": ("a text", _is_text),
     "versions": ("an object of texts", _is_texts_object),

@@ -22,13 +22,14 @@ from qlora_kit.atomic import atomic_directory, discard_directory, moved_aside_na
 from qlora_kit.errors import AdapterError, Fault, OutputError
 from qlora_kit.safetensors_header import shown
 
+DEFAULT_STORE = Path("adapters")
 RUN_CONFIG_FILE = "config.yaml"
 CARD_FILE = "README.md"
 MAX_TEXT_BYTES = 16_000_000
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """What a run, a task and an adapter may be called."""
 _NAME = re.compile(NAME_PATTERN)
-_LOCK_FILE = ".lock"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class AdapterStore:
         """Exclude every other process that changes this store; clean up first what a killed one left."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.root / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            lock = os.open(self.root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             raise _not_writable(self.root, error) from error
         try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="List, show, add, rename and delete the adapters of a store.", no_args_is_help=True)
 StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder.")]
-DEFAULT_STORE = Path("adapters")
 
 
 @app.command("list")
@@ -26,12 +26,14 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
         print_json({"adapters": [_card_json(card) for card in listing.cards]})
     else:
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=str(store))
+        table = Table(title=Text(str(store), "table.title"))
         for column in ("name", "task", "base model", "r", "size", "created"):
             table.add_column(column, justify="right" if column in ("r", "size") else "left")
         for card in listing.cards:
-            table.add_row(card.name, card.task, card.base_model, str(card.r), in_units(card.bytes), card.created)
+            texts = (card.name, card.task or "", card.base_model or "", str(card.r), in_units(card.bytes), card.created)
+            table.add_row(*map(Text, texts))
         stdout_console().print(table)
     for problem in listing.problems:
         say(f"left out: {problem}")
@@ -52,14 +54,15 @@ def show_adapter(
         print_json(content)
         return
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=details.card.name, show_header=False)
+    table = Table(title=Text(details.card.name, "table.title"), show_header=False)
     for name, value in _card_json(details.card).items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     contract.get("quantization", {}).pop("nf4_codes", None)
     for name in ("quantization", "system_prompt", "stop_token_ids", "generation", "data", "metrics", "versions"):
         if name in contract:
-            table.add_row(name, _in_lines(contract[name]))
+            table.add_row(name, Text(_in_lines(contract[name])))
     if details.contract is None:
         table.add_row("contract", "none: trained elsewhere; its base cannot be checked")
     stdout_console().print(table)

@@ -7,13 +7,28 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from qlora_kit.cli import adapters, data, evaluation, generation, info, init, merging, training
 from qlora_kit.errors import QloraKitError
 
+
+class _Verbs(TyperGroup):
+    """The verbs; an interruption inside one is told, which Typer leaves out, and ends with 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Verbs,
     help="QLoRA on one consumer GPU: train task adapters, swap them, merge them, and measure each step.",
     no_args_is_help=True,
     add_completion=False,
@@ -33,8 +48,8 @@ app.add_typer(adapters.app, name="adapters")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with ``arguments`` (None: the process's own) and end the process.
 
-    Exit codes: 0 done, 2 the user's mistake, 3 a guard stopped the work, 130/143 interrupted; a bug keeps its
-    traceback.
+    Exit codes: 0 done, 1 nobody reads the output any more, 2 the user's mistake, 3 a guard stopped the work, 130/143
+    interrupted; a bug keeps its traceback.
     """
     _quiet_libraries()
     try:
@@ -42,12 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except QloraKitError as error:
         _print_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _print_error(error: QloraKitError) -> None:

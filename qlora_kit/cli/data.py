@@ -18,6 +18,9 @@ OverridesArgument = Annotated[
 ]
 
 
+SHOWN_PROBLEMS = 20
+
+
 def check_data(config: ConfigArgument, overrides: OverridesArgument = None, *, json: JsonOption = False) -> None:
     """Check every row of a config's data, and count rows and tokens, without loading a model."""
     from qlora_kit.config import load_config
@@ -36,6 +39,8 @@ def check_data(config: ConfigArgument, overrides: OverridesArgument = None, *, j
 def _show(config: Path, report: DataReport) -> None:
     from rich.table import Table
 
+    from qlora_kit.data.ledger import locate
+
     console = stdout_console()
     table = Table(title=f"data of {config}", show_header=False)
     table.add_column()
@@ -45,5 +50,9 @@ def _show(config: Path, report: DataReport) -> None:
     table.add_row("supervised tokens", f"{report.supervised_tokens:,}")
     table.add_row("all tokens", f"{report.total_tokens:,}")
     console.print(table)
+    for problem in report.problems[:SHOWN_PROBLEMS]:
+        console.print(f"{locate(problem.file, problem.line)}: {problem.reason}", markup=False, soft_wrap=True)
+    if len(report.problems) > SHOWN_PROBLEMS:
+        console.print(f"... and {len(report.problems) - SHOWN_PROBLEMS:,} more problems; --json lists them all")
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)

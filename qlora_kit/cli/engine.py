@@ -6,44 +6,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_kit.cli.output import say
+from qlora_kit.errors import AdapterError
+from qlora_kit.safetensors_header import shown
+
 if TYPE_CHECKING:
+    from qlora_kit.adapters import AdapterContract
     from qlora_kit.engine import Engine
 
 
 def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engine:
-    """An engine on ``base``, or where it is None on the base of the first adapter that has a contract, else ``tiny``.
+    """An engine on ``base``, or where it is None on the base of the first adapter, or ``tiny`` without adapters.
 
-    The adapter's contract also says whether the base is loaded in 4 bits. Adapters of other weights are refused here,
-    before the base is loaded; ``Engine.load`` compares the rest.
+    The adapter's contract also says whether the base is loaded in 4 bits. Unsound files, and adapters of other weights,
+    are refused here, before the base is loaded; ``Engine.load`` compares the rest.
 
     Raises:
-        AdapterError: No such adapter, or it was trained on another base.
+        AdapterError: No such adapter, its files are unsound, it was trained on another base, or nothing says on which.
         BaseModelError: The base cannot be found or loaded.
     """
-    from qlora_kit.adapters import AdapterStore, BaseFacts, base_fingerprint
+    from qlora_kit.adapters import CONTRACT_FILE, BaseFacts, base_fingerprint
     from qlora_kit.base_files import resolve_base
-    from qlora_kit.config import QuantizationSection
+    from qlora_kit.config.trained_quantization import trained_quantization
 
-    shown = [AdapterStore(store).show(adapter).contract for adapter in adapters]
-    contracts = [contract for contract in shown if contract is not None]
-    contract = next(iter(contracts), None)
-    if contract is not None:
-        named = contract.base.id if base is None else base
-        ref = resolve_base(named, contract.base.revision if base is None else None)
-        facts = BaseFacts(ref.id, ref.revision, fingerprint=base_fingerprint(ref.path))
-        for other in contracts:
-            other.require_match(facts)
+    contracts = _checked_contracts(base, adapters, store)
+    if not contracts:
+        from qlora_kit.engine import Engine
+
+        return Engine("tiny" if base is None else base, store=store)
+    folder, contract = next(iter(contracts.items()))
+    named, revision = (contract.base.id, contract.base.revision) if base is None else (base, None)
+    quantization = trained_quantization(folder / CONTRACT_FILE, contract.quantization)
+    ref = resolve_base(named, revision)
+    facts = BaseFacts(ref.id, ref.revision, fingerprint=base_fingerprint(ref.path))
+    for other in contracts.values():
+        other.require_match(facts)
     from qlora_kit.engine import Engine
 
-    if contract is None:
-        return Engine("tiny" if base is None else base, store=store)
-    known = QuantizationSection.model_fields
-    quantization = QuantizationSection(
-        **{name: value for name, value in contract.quantization.items() if name in known}
-    )
-    return Engine(
-        contract.base.id if base is None else base,
-        revision=contract.base.revision if base is None else None,
-        quantization=quantization,
-        store=store,
-    )
+    return Engine(named, revision=revision, quantization=quantization, store=store)
+
+
+def _checked_contracts(base: str | None, adapters: Sequence[str], store: Path) -> dict[Path, AdapterContract]:
+    """Adapter folder -> contract, of those that have one; the files of all are checked."""
+    from qlora_kit.adapters import AdapterStore, check_adapter_folder
+
+    contracts = {}
+    without = []
+    for adapter in adapters:
+        details = AdapterStore(store).show(adapter)
+        folder = details.card.path
+        check_adapter_folder(folder)
+        if details.contract is not None:
+            contracts[folder] = details.contract
+            continue
+        if base is None:
+            named = details.card.base_model
+            hint = "" if named is None else f" (its configuration names {shown(named)})"
+            raise AdapterError(
+                f"{folder}: the adapter has no contract, and no base was given",
+                expected="--base: the model that the adapter was trained on",
+                fix=f"give --base{hint}",
+            )
+        without.append(details.card.name)
+    if without:
+        say(f"{', '.join(without)}: no contract, so base, chat template and stop tokens cannot be checked")
+    return contracts

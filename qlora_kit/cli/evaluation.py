@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.adapters import DEFAULT_STORE, StoreOption
+from qlora_kit.adapters.store import DEFAULT_STORE
+from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.engine import open_engine
 from qlora_kit.cli.generation import BaseOption
 from qlora_kit.cli.output import JsonOption, counting, print_json, say, stdout_console
@@ -32,6 +33,8 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Score adapters and the base on held-out rows."""
+    from rich.markup import escape
+
     from qlora_kit.adapters import AdapterStore
     from qlora_kit.evaluation import run_evaluation
     from qlora_kit.evaluation_plan import plan_evaluation
@@ -52,7 +55,7 @@ def evaluate(
     with counting("scoring") as bar:
 
         def show(label: str, done: int, total: int) -> None:
-            bar.update(bar.task_ids[0], description=label, completed=done, total=total)
+            bar.update(bar.task_ids[0], description=escape(label), completed=done, total=total)
 
         card = run_evaluation(engine, plan, progress=show)
     if json:
@@ -64,8 +67,9 @@ def evaluate(
 def scorecard_table(card: Scorecard) -> Table:
     """One line for each task and adapter, one column for each metric."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{card.base}, {card.split} rows (95 % interval)")
+    table = Table(title=Text(f"{card.base}, {card.split} rows (95 % interval)", "table.title"))
     for column in ("task", "adapter", "metric", "value", "interval", "rows"):
         table.add_column(column, justify="right" if column in ("value", "interval", "rows") else "left")
     previous = None
@@ -76,9 +80,9 @@ def scorecard_table(card: Scorecard) -> Table:
         first = pair != previous
         name = "the base" if result.adapter is None else result.adapter
         table.add_row(
-            result.task if first else "",
-            f"{name} (off its task)" if first and result.off_task else (name if first else ""),
-            result.metric,
+            Text(result.task if first else ""),
+            Text(f"{name} (off its task)" if first and result.off_task else (name if first else "")),
+            Text(result.metric),
             f"{result.value:.3f}",
             f"{result.ci95[0]:.3f} - {result.ci95[1]:.3f}",
             f"{result.n:,}",

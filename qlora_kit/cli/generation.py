@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from qlora_kit.cli.adapters import DEFAULT_STORE, StoreOption
+from qlora_kit.adapters.store import DEFAULT_STORE
+from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.engine import open_engine
 from qlora_kit.cli.output import JsonOption, print_json, say
 

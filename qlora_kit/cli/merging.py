@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.adapters import DEFAULT_STORE, StoreOption
+from qlora_kit.adapters.store import DEFAULT_STORE
+from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.generation import BaseOption
 from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
 
@@ -45,9 +46,10 @@ def merge(
 
 def _show(result: MergeResult) -> None:
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(result.output_dir), show_header=False)
-    table.add_row("merged onto", f"{result.base}, {result.onto}")
+    table = Table(title=Text(str(result.output_dir), "table.title"), show_header=False)
+    table.add_row("merged onto", Text(f"{result.base}, {result.onto}"))
     table.add_row("weights", f"{in_units(result.weight_bytes)}, {result.changed_weights:,} numbers changed")
     table.add_row("time and peak memory", f"{result.seconds:.1f} s, {in_units(result.peak_rss_bytes)}")
     verification = result.verification

@@ -42,6 +42,8 @@ def train(
         f"{result.output_dir}: {result.steps} steps in {result.seconds:.0f} s, "
         f"{result.tokens_per_second:,.0f} tokens/s, loss {result.train_loss:.4f}{validation}, "
         f"peak memory {in_units(result.peak_bytes)}\n"
+        f"{result.rows:,} training rows; {result.dropped_rows:,} rows dropped, cut or double"
+        f"{f', listed in {result.output_dir}/ledger.jsonl' if result.dropped_rows else ''}\n"
         f"publish it: qlora-kit adapters add {result.output_dir}",
         markup=False,
         soft_wrap=True,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import (
     Cut,
     TurnFormat,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 LossOn = Literal["all_assistant", "last"]
 Overlength = Literal["stop", "drop", "truncate"]
+OnError = Literal["stop", "drop"]
 
 IGNORED_LABEL = -100
 BATCH_ROWS = 1000
@@ -124,6 +126,22 @@ def _mask(cut: Cut, pieces: list[list[int]], turns: list[int], turn_format: Turn
     return Encoded(input_ids, labels)
 
 
+def encode_split(
+    config: RunConfig, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, ledger: Ledger, split: str
+) -> Dataset:
+    """``encode_examples`` with the settings of a config; the exceptions are its own."""
+    return encode_examples(
+        examples,
+        tokenizer,
+        max_length=config.train.max_length,
+        loss_on=config.data.loss_on,
+        overlength=config.data.overlength,
+        on_error=config.data.on_error,
+        ledger=ledger,
+        split=split,
+    )
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -133,6 +151,7 @@ def encode_examples(
     overlength: Overlength,
     ledger: Ledger,
     split: str = "train",
+    on_error: OnError = "stop",
 ) -> Dataset:
     """Encodes a split into the columns ``input_ids`` and ``labels``, which TRL's ``SFTTrainer`` takes as they are.
 
@@ -146,6 +165,7 @@ def encode_examples(
             stop token lost, and the ledger says so. A row whose prompt alone fills ``max_length`` is dropped.
         ledger: Told of each row dropped or truncated, and of the token counts.
         split: The split's name in the ledger.
+        on_error: What to do with rows that cannot be encoded: stop with all of them listed, or drop them.
 
     Raises:
         DataError: Rows are too long and ``overlength`` is stop, a row cannot be encoded, or no row is left.
@@ -159,7 +179,12 @@ def encode_examples(
     for example, encoded in _encode_in_batches(examples, tokenizer, loss_on):
         file, line = split_source(example.source)
         if isinstance(encoded, Unencodable):
-            problems.append(Problem(file, line, encoded.reason, encoded.expected, encoded.fix))
+            problem = Problem(file, line, encoded.reason, encoded.expected, encoded.fix)
+            if on_error == "drop":
+                ledger.problems.append(problem)
+                ledger.record(split, example.source, "dropped", encoded.reason)
+            else:
+                problems.append(problem)
             continue
         if len(encoded.input_ids) > max_length:
             if overlength == "stop":
@@ -176,11 +201,12 @@ def encode_examples(
         ledger.problems.extend(problems)
         raise data_error(problems)
     if not kept:
-        raise DataError(
-            f"no {split} row is left after tokenising {len(examples)}",
-            expected=f"at least one row of at most {max_length} tokens",
-            fix="raise train.max_length or shorten the rows",
-        )
+        file, _ = split_source(examples[0].source)
+        left = f"no {split} row is left after tokenising {len(examples)}"
+        expected = f"at least one row of at most {max_length} tokens"
+        problem = Problem(file, None, left, expected, "raise train.max_length or shorten the rows", stops=True)
+        ledger.problems.append(problem)
+        raise data_error([problem])
     ledger.supervised_tokens[split] += sum(encoded.supervised_tokens for encoded in kept)
     ledger.total_tokens[split] += sum(len(encoded.input_ids) for encoded in kept)
     return Dataset.from_dict(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qlora_kit.adapters import (
+    CONTRACT_FILE,
     AdapterContract,
     AdapterFiles,
     BaseFacts,
@@ -18,6 +19,7 @@ from qlora_kit.adapters import (
 from qlora_kit.base_files import BaseRef, read_model_config, resolve_base
 from qlora_kit.checkpoint import TensorSource, require_free_space
 from qlora_kit.config import QuantizationSection
+from qlora_kit.config.trained_quantization import trained_quantization
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
 from qlora_kit.models import base_facts, load_tokenizer
 from qlora_kit.safetensors_header import DTYPE_BYTES, shown
@@ -171,7 +173,7 @@ def _choose_onto(
                 fix="give --onto as the adapter was trained",
             )
         return onto, QuantizationSection(load_in_4bit=onto == "dequantized")
-    quantization = _trained_quantization(files, contract.quantization)
+    quantization = trained_quantization(files.folder / CONTRACT_FILE, contract.quantization)
     if onto == "dequantized" and not quantization.load_in_4bit:
         raise AdapterError(
             f"{files.folder}: trained on 16-bit weights, which a merge onto dequantized ones would replace",
@@ -181,19 +183,6 @@ def _choose_onto(
     if onto == "auto":
         return ("dequantized" if quantization.load_in_4bit else "original"), quantization
     return onto, quantization
-
-
-def _trained_quantization(files: AdapterFiles, trained: Mapping[str, Any]) -> QuantizationSection:
-    if not trained["load_in_4bit"]:
-        return QuantizationSection(load_in_4bit=False)
-    kind, double = trained.get("bnb_4bit_quant_type"), trained.get("bnb_4bit_use_double_quant")
-    if kind not in ("nf4", "fp4") or not isinstance(double, bool):
-        raise AdapterError(
-            f"{files.contract}: quantization is bnb_4bit_quant_type {kind!r}, bnb_4bit_use_double_quant {double!r}",
-            expected="nf4 or fp4, and true or false",
-            fix="restore the contract from where the adapter was published, or train the adapter again",
-        )
-    return QuantizationSection(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
 
 
 def _find_base(

@@ -16,6 +16,7 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.data.ledger import Ledger
+from qlora_kit.training.run_config import CONFIG_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -58,7 +59,7 @@ def write_run_files(trained: Trained, folder: Path) -> None:
         adapter.target_modules = sorted(adapter.target_modules)
     trained.model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     trained.tokenizer.save_pretrained(folder)
-    (folder / "config.yaml").write_text(trained.config.to_yaml(), encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(trained.config.to_yaml(), encoding="utf-8")
     trained.ledger.write(folder / "ledger.jsonl")
     record = {**trained.metrics, "history": [_plain_json(entry) for entry in trained.history]}
     (folder / "metrics.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")

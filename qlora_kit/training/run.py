@@ -16,10 +16,10 @@ from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
 
 from qlora_kit.atomic import full_disk_errors
-from qlora_kit.base_files import BaseRef, resolve_base
+from qlora_kit.base_files import BaseRef, resolve_base, resolve_description
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
-from qlora_kit.data.encoding import encode_examples
+from qlora_kit.data.encoding import encode_split
 from qlora_kit.data.preparing import PreparedData, prepare
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.models import (
@@ -40,6 +40,7 @@ from qlora_kit.training.callbacks import (
     TrainingProgress,
 )
 from qlora_kit.training.contract import Trained, write_run_files
+from qlora_kit.training.run_config import CONFIG_FILE, portable, require_same_run
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
@@ -67,6 +68,8 @@ class TrainResult:
         train_loss: Mean loss over the run's last log interval.
         eval_loss: Validation loss of the adapter that was kept; None without validation data.
         tokens_per_second: Tokens through the model, padding left out, over the training time with its evaluations.
+        rows: Training rows that were kept, of those that were read.
+        dropped_rows: Rows of all splits that were dropped, truncated or duplicates; ``ledger.jsonl`` lists them.
         supervised_tokens: Tokens of one epoch that the loss sees.
         trainable_parameters: Numbers trained.
         peak_bytes: Peak memory: allocated on the GPU, else resident in the process.
@@ -80,6 +83,8 @@ class TrainResult:
     train_loss: float
     eval_loss: float | None
     tokens_per_second: float
+    rows: int
+    dropped_rows: int
     supervised_tokens: int
     trainable_parameters: int
     peak_bytes: int
@@ -112,20 +117,27 @@ def train(
         GuardError: The loss, or a trained weight, became non-finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
+    config = portable(config)
     folder = Path(config.output_dir)
     checkpoint = open_run_folder(folder, resume=resume, overwrite=overwrite)
-    ref = resolve_base(config.model.base, config.model.revision)
-    tokenizer = load_tokenizer(ref)
+    if checkpoint is not None:
+        require_same_run(folder, config)
+    tokenizer = load_tokenizer(resolve_description(config.model.base, config.model.revision))
     data = prepare(config, control_tokens=control_tokens(tokenizer))
-    train_rows, validation_rows = _encode(config, data, tokenizer)
+    train_rows, validation_rows = (
+        encode_split(config, examples, tokenizer, ledger=data.ledger, split=split) if examples else None
+        for split, examples in (("train", data.train), ("validation", data.validation))
+    )
     device = default_device()
     arguments = _sft_config(config, device)
+    ref = resolve_base(config.model.base, config.model.revision)
     require_space_for_run(
         folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), checkpoints=config.train.save_total_limit
     )
     model, quantization = _load_model(config, ref, device)
     if checkpoint is None:
         clear_run_folder(folder)
+        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     try:
         with full_disk_errors(folder):
             trainer, seconds = _run(
@@ -152,27 +164,6 @@ def train(
         history=trained.history,
         **metrics,
     )
-
-
-def _encode(
-    config: RunConfig, data: PreparedData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    splits = {"train": data.train, "validation": data.validation}
-    train_rows, validation_rows = (
-        encode_examples(
-            examples,
-            tokenizer,
-            max_length=config.train.max_length,
-            loss_on=config.data.loss_on,
-            overlength=config.data.overlength,
-            ledger=data.ledger,
-            split=split,
-        )
-        if examples
-        else None
-        for split, examples in splits.items()
-    )
-    return train_rows, validation_rows
 
 
 def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
@@ -290,6 +281,8 @@ def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float, *, fir
         "train_loss": losses[-1] if losses else trainer.state.log_history[-1]["train_loss"],
         "eval_loss": best if best is not None else (latest[-1] if latest else None),
         "tokens_per_second": round(tokens / seconds, 1),
+        "rows": data.ledger.report("train").kept,
+        "dropped_rows": sum(entry.action != "leaked" for entry in data.ledger.entries),
         "supervised_tokens": data.ledger.supervised_tokens["train"],
         "trainable_parameters": trainable_parameters(trainer.model),
         "peak_bytes": _peak_bytes(),

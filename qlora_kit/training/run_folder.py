@@ -11,12 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_kit.adapters import CONTRACT_FILE
-from qlora_kit.atomic import require_free_space
+from qlora_kit.adapters.store import LOCK_FILE
+from qlora_kit.atomic import checked_target, require_free_space
 from qlora_kit.errors import OutputError
 
 CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,9})$")
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 LEFTOVER = re.compile(r"^\.final\..*\.partial$")
+RUN_FILES = frozenset(
+    "adapter_model.safetensors adapter_config.json config.yaml ledger.jsonl metrics.json README.md runs "
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
+    "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja additional_chat_templates".split()
+) | {CONTRACT_FILE}
+"""What a run leaves beside its checkpoints: its own files, those of any tokenizer, TensorBoard's ``runs``."""
 FREE_SPACE_FACTOR = 1.2
 
 
@@ -59,6 +66,7 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
             expected="a free or empty folder for a new run",
             fix="--resume goes on from its newest checkpoint, --overwrite replaces it, output_dir=... goes elsewhere",
         )
+    checked_target(folder)
     if overwrite:
         _require_run_folder(folder)
     return None
@@ -74,6 +82,24 @@ def _require_run_folder(folder: Path) -> None:
             expected=f"a run folder, with {CONTRACT_FILE} or a checkpoint-N in it",
             fix="set another output_dir, or remove the folder yourself",
         )
+    foreign = sorted(name for name in names if not _is_of_a_run(name))
+    if foreign:
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise OutputError(
+            f"{folder}: holds what no training run writes: {', '.join(map(repr, foreign[:5]))}{more}",
+            expected="a run folder with nothing else in it",
+            fix="move that elsewhere, or set another output_dir",
+        )
+    if names and (Path(os.path.realpath(folder)).parent / LOCK_FILE).exists():
+        raise OutputError(
+            f"{folder}: is an adapter of the store {folder.parent}, which others may be using",
+            expected="a run folder outside of a store",
+            fix="set another output_dir, then publish with `qlora-kit adapters add RUN --replace`",
+        )
+
+
+def _is_of_a_run(name: str) -> bool:
+    return name in RUN_FILES or CHECKPOINT.match(name) is not None or LEFTOVER.match(name) is not None
 
 
 def clear_run_folder(folder: Path) -> None:
