@@ -124,7 +124,7 @@ class Engine:
             raise AdapterError(
                 f"{folder}: the adapter brings tensors of the base itself: {', '.join(files.base_tensors[:3])}",
                 expected="an adapter that leaves the shared base as it is",
-                fix="train without lora.bias, or merge this adapter into a base of its own",
+                fix="train it without biases (bias: none)",
             )
         faults = pair_faults(files, self._linear_shapes)
         if faults:

@@ -124,7 +124,7 @@ def test_train_prints_its_result(command: Callable[..., Outcome], run_yaml: Path
     refused(command("train", run_yaml, *changes), "run is occupied", "--resume", "--overwrite", "output_dir=")
     again = command("train", run_yaml, *changes, "--overwrite")
     assert again.code == 0
-    assert len(again.out.splitlines()) == 2
+    assert again.out.splitlines()[1] == "48 training rows; 0 rows dropped, cut or double"
     assert "qlora-kit adapters add run" in again.out
 
 
@@ -331,13 +331,28 @@ def test_markup_in_a_scorecard_is_plain_text(capsys: pytest.CaptureFixture[str])
     assert "models/[/x], test rows" in capsys.readouterr().out
 
 
+def test_markup_in_an_answer_of_the_demo_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from rich.console import Console
+
+    from scripts.demo import answers_table
+
+    class Parrot:
+        def ask(self, prompt: str, **settings: object) -> SimpleNamespace:
+            return SimpleNamespace(text="[json] [/x]")
+
+    Console(width=120).print(answers_table(Parrot()))  # type: ignore[arg-type]
+    assert capsys.readouterr().out.count("[json] [/x]") == 6
+
+
 # --- commands that messages name ---
 
 
 def test_messages_name_only_verbs_that_exist() -> None:
     from typer.main import get_command
 
-    verbs = get_command(app).commands
+    verbs = get_command(app).commands  # type: ignore[attr-defined]
     named: set[tuple[str, str]] = set()
     for path in (ROOT / "qlora_kit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -106,7 +106,9 @@ def test_no_file_is_touched(tmp_path: Path, statement: str) -> None:
     code = f"import os, {module}\nFILE, EMPTY, NEW = {str(file)!r}, {str(empty)!r}, {str(new)!r}\n{statement}\n"
     result = run_assertions(code, ["assert True"])
     assert result.status == "error"
-    assert result.reason.startswith(("PermissionError", "AttributeError: module 'os'", "AttributeError in the code"))
+    assert result.reason.startswith(
+        "AttributeError" if "os.mk" in statement and "mkdir" not in statement else "PermissionError"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file.txt"]
     after = file.stat()
     assert file.read_text() == "precious"

@@ -62,6 +62,16 @@ def test_numbers_written_with_an_exponent(tmp_path: Path) -> None:
     assert load_config(path, ["train.learning_rate=5e-5"]).train.learning_rate == 0.00005
 
 
+def test_patterns_and_the_largest_rank_are_taken(tmp_path: Path) -> None:
+    text = (
+        "lora:\n  target_modules: '.*\\.(q|v)_proj'\n  exclude_modules: '.*\\.1\\..*'\n  rank_pattern: {q_proj: 1024}\n"
+    )
+    lora = load_config(write(tmp_path, SMALL + text + "train: {packing_strategy: bfd_split}\n")).lora
+    assert lora.target_modules == r".*\.(q|v)_proj"
+    assert lora.exclude_modules == r".*\.1\..*"
+    assert lora.rank_pattern == {"q_proj": 1024}
+
+
 def test_no_stays_a_word(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, SMALL + "train:\n  save_strategy: no\n")).train.save_strategy == "no"
 
@@ -123,6 +133,17 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
         ("lora: {r: 1025}", "lora.r is 1025", "less than or equal to 1024"),
         ("lora: {init_lora_weights: pissa}", "lora.init_lora_weights is 'pissa'", "true or false or 'gaussian'"),
         ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern is", "at least 1"),
+        ("lora: {rank_pattern: {q_proj: 1025}}", "lora.rank_pattern is", "at most 1024"),
+        ("lora: {rank_pattern: {'(q_proj': 4}}", "lora.rank_pattern is", "a regular expression ('(q_proj'"),
+        ("lora: {alpha_pattern: {'*': 4}}", "lora.alpha_pattern is", "a regular expression ('*'"),
+        ("lora: {target_modules: '.*(q_proj'}", "lora.target_modules is '.*(q_proj'", "a regular expression"),
+        ("lora: {exclude_modules: '*q_proj'}", "lora.exclude_modules is '*q_proj'", "a regular expression"),
+        ("lora: {bias: lora_only}", "lora.bias is 'lora_only'", "expected: 'none'"),
+        ("train:\n  use_cpu: true", "train.use_cpu cannot be set", "CUDA_VISIBLE_DEVICES="),
+        ("train:\n  disable_tqdm: true", "train.disable_tqdm cannot be set", "remove it"),
+        ("train:\n  eval_packing: true", "train.eval_packing cannot be set", "set train.packing"),
+        ("train:\n  deepspeed: x.json", "train.deepspeed cannot be set", "do: start with accelerate launch"),
+        ("train:\n  packing_strategy: wrapped", "cuts rows in the middle", "set train.packing_strategy=bfd"),
         ("lora: {target_modules: []}", "lora.target_modules is []", "all-linear"),
         ("quantization: {bnb_4bit_quant_type: nf5}", "bnb_4bit_quant_type is 'nf5'", "did you mean 'nf4'?"),
         ("eval: {metrics: [chrff]}", "eval.metrics is ['chrff']", "one or more of accuracy"),

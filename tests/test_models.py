@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_kit.base_files import TINY_FOLDER, BaseRef, resolve_base
 from qlora_kit.config import LoraSection, QuantizationSection
-from qlora_kit.errors import BaseModelError
+from qlora_kit.errors import BaseModelError, ConfigError
 from qlora_kit.models import (
     adapter_bytes_at_most,
     attach_lora,
@@ -28,6 +28,7 @@ from qlora_kit.models import (
     load_tokenizer,
     nf4_code_samples,
     quantization_facts,
+    require_target_modules,
     trainable_parameters,
 )
 
@@ -247,6 +248,50 @@ def test_targets_that_the_base_lacks_are_refused(random_base: Path) -> None:
     model = load_base_model(resolve_base(str(random_base)), NF4, device=CPU)
     with pytest.raises(BaseModelError, match=r"no adapter can be attached(.|\n)*all-linear"):
         attach_lora(model, LoraSection(target_modules=("c_attn",)))
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        "all-linear",
+        ("q_proj", "down_proj"),
+        ("self_attn.q_proj",),
+        ("model.layers.0.mlp.up_proj",),
+        r".*\.(q|v)_proj",
+        r"model\.layers\.1\..*_proj",
+    ],
+)
+def test_targets_that_the_base_has_are_taken(random_base: Path, targets: str | tuple[str, ...]) -> None:
+    """What passes is what PEFT attaches to."""
+    ref, lora = resolve_base(str(random_base)), LoraSection(target_modules=targets)
+    require_target_modules(ref, lora)
+    attach_lora(load_base_model(ref, NF4, device=CPU), lora)
+
+
+@pytest.mark.parametrize(
+    ("targets", "bad", "fix"),
+    [
+        (("q_proj", "v_prj", "c_attn"), ["v_prj", "c_attn"], "did you mean [v_proj]?"),
+        (("proj",), ["proj"], ""),
+        (("attn.q_proj",), ["attn.q_proj"], "did you mean [q_proj]?"),
+        (("self_attn",), ["self_attn"], ""),
+        (("input_layernorm",), ["input_layernorm"], ""),
+        (("embed_tokens",), ["embed_tokens"], ""),
+        ("q_proj", ["q_proj"], "did you mean [q_proj]?"),
+        (r".*\.zz_proj", [r".*\.zz_proj"], ""),
+    ],
+)
+def test_targets_that_the_headers_lack_are_named(
+    random_base: Path, targets: str | tuple[str, ...], bad: list[str], fix: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_target_modules(resolve_base(str(random_base)), LoraSection(target_modules=targets))
+    faults = caught.value.faults
+    assert len(faults) == len(bad)
+    for fault, name in zip(faults, bad, strict=True):
+        assert repr(name) in fault.what
+        assert "down_proj, gate_proj, k_proj" in fault.expected
+    assert fix in faults[0].fix
 
 
 def test_the_bound_of_an_adapters_size_is_one(random_base: Path) -> None:

@@ -19,7 +19,7 @@ from qlora_kit.errors import QloraKitError
 class _Verbs(TyperGroup):
     """The verbs; an interruption inside one is told, which Typer leaves out, and ends with 130."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:

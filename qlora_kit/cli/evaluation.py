@@ -65,27 +65,31 @@ def evaluate(
 
 
 def scorecard_table(card: Scorecard) -> Table:
-    """One line for each task and adapter, one column for each metric."""
+    """A section for each task: who answered, each metric, its value and interval, and how many rows."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(f"{card.base}, {card.split} rows (95 % interval)", "table.title"))
-    for column in ("task", "adapter", "metric", "value", "interval", "rows"):
-        table.add_column(column, justify="right" if column in ("value", "interval", "rows") else "left")
-    previous = None
+    title = Text(f"{card.base}, {card.split} rows (95 % interval)", "table.title")
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("task, answered by", "metric", "value", "interval", "rows"):
+        left = column in ("task, answered by", "metric")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    task: str | None = None
+    previous: tuple[str, str | None] | None = None
     for result in card.results:
-        pair = (result.task, result.adapter)
-        if previous is not None and result.task != previous[0]:
-            table.add_section()
-        first = pair != previous
+        if result.task != task:
+            task = result.task
+            table.add_row(Text(task, "bold"))
         name = "the base" if result.adapter is None else result.adapter
+        name += " (off its task)" if result.off_task else ""
+        low, high = result.ci95
         table.add_row(
-            Text(result.task if first else ""),
-            Text(f"{name} (off its task)" if first and result.off_task else (name if first else "")),
+            Text("" if (result.task, result.adapter) == previous else f"  {name}"),
             Text(result.metric),
             f"{result.value:.3f}",
-            f"{result.ci95[0]:.3f} - {result.ci95[1]:.3f}",
+            f"{low:.3f} - {high:.3f}",
             f"{result.n:,}",
         )
-        previous = pair
+        previous = (result.task, result.adapter)
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
@@ -11,10 +13,22 @@ from qlora_kit.formats import FORMATS
 from qlora_kit.metrics import METRICS
 from qlora_kit.tasks import template_fields
 
+MAX_RANK = 1024
+
+
+def _require_patterns(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            re.compile(text)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise wrong_value(f"a regular expression ({text!r}: {error})") from error
+
 
 def _modules(value: object) -> str | tuple[str, ...]:
     """PEFT's module choice: a text is ``all-linear`` or a pattern, a list holds names."""
     if isinstance(value, str) and value:
+        if value != "all-linear":
+            _require_patterns([value])
         return value
     names = as_names(value)
     if not names:
@@ -55,8 +69,16 @@ def _metrics(value: object) -> tuple[str, ...]:
     return names
 
 
-def _positive_values(value: dict[str, int]) -> dict[str, int]:
-    if any(number < 1 for number in value.values()):
+def _ranks(value: dict[str, int]) -> dict[str, int]:
+    _require_patterns(value)
+    if not all(1 <= rank <= MAX_RANK for rank in value.values()):
+        raise wrong_value(f"whole numbers of at least 1 and at most {MAX_RANK}")
+    return value
+
+
+def _alphas(value: dict[str, int]) -> dict[str, int]:
+    _require_patterns(value)
+    if any(alpha < 1 for alpha in value.values()):
         raise wrong_value("whole numbers of at least 1")
     return value
 
@@ -64,7 +86,8 @@ def _positive_values(value: dict[str, int]) -> dict[str, int]:
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
 Template = Annotated[str | None, BeforeValidator(_template)]
 Metrics = Annotated[tuple[str, ...], BeforeValidator(_metrics)]
-Pattern = Annotated[dict[str, int], AfterValidator(_positive_values)]
+RankPattern = Annotated[dict[str, int], AfterValidator(_ranks)]
+AlphaPattern = Annotated[dict[str, int], AfterValidator(_alphas)]
 
 
 class ModelSection(BaseModel):
@@ -98,7 +121,7 @@ class LoraSection(BaseModel):
 
     model_config = SECTION
 
-    r: int = Field(default=16, ge=1, le=1024)
+    r: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the adapter."""
     lora_alpha: int = Field(default=32, ge=1)
     """Scale: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
@@ -114,13 +137,13 @@ class LoraSection(BaseModel):
     """Weight-decomposed adapters (Liu et al. 2024)."""
     init_lora_weights: bool | Literal["gaussian"] = True
     """True: PEFT's own; ``gaussian``. Initialisations that change the 4-bit base are not offered."""
-    bias: Literal["none", "lora_only"] = "none"
-    """Which biases are trained."""
+    bias: Literal["none"] = "none"
+    """Biases are not trained: PEFT would write them over the shared base, and no merge carries them."""
     modules_to_save: Names = ()
     """Modules trained and saved whole."""
-    rank_pattern: Pattern = {}
+    rank_pattern: RankPattern = {}
     """Module pattern -> its own rank."""
-    alpha_pattern: Pattern = {}
+    alpha_pattern: AlphaPattern = {}
     """Module pattern -> its own alpha."""
 
 

@@ -103,7 +103,7 @@ _HUB = ("the kit uploads nothing", "upload the run folder with the Hub's own too
 _PREPARED = ("the kit prepares and tokenises the data itself", "use the data section")
 _PRECISION = ("the precision follows the compute dtype", "set quantization.bnb_4bit_compute_dtype")
 _TOKENIZER = ("tokens and template are the base model's", "choose the base with model.base")
-_LAUNCH = ("the launcher decides it", "start with accelerate launch and one of its configs")
+_LAUNCH = ("the launcher decides it", "start with accelerate launch")
 _EVALUATION = ("an evaluation during training keeps only the loss", "use the eval section and qlora-kit eval")
 _MODE = ("the command decides it", "remove it")
 _RESUME = ("a resumed run must be exact", "remove it")
@@ -132,6 +132,12 @@ CONTROLLED: dict[str, tuple[str, str]] = {  # field -> (why it cannot be set, wh
     "fp16_full_eval": _PRECISION,
     "activation_checkpointing": _CHECKPOINTING,
     "activation_checkpointing_kwargs": ("one name serves all", "set train.gradient_checkpointing_kwargs"),
+    "use_cpu": (
+        "training runs on the first GPU, or on the CPU where there is none",
+        "hide GPUs: CUDA_VISIBLE_DEVICES=",
+    ),
+    "disable_tqdm": ("the kit shows the progress itself", "remove it"),
+    "eval_packing": ("validation rows are packed as training rows are", "set train.packing"),
     "auto_find_batch_size": ("it changes the effective batch", "set per_device_train_batch_size"),
     "logging_nan_inf_filter": ("a loss that is not finite stops the run", "remove it"),
     "enable_jit_checkpoint": ("the kit saves a checkpoint on Ctrl-C and SIGTERM itself", "remove it"),
@@ -222,6 +228,9 @@ def _value_problems(field: SftField, value: Any) -> list[Problem]:
             advice(value, field.choices) if isinstance(value, str) and field.choices else f"correct train.{field.name}"
         )
         return [Problem(path, f"is {value!r}", field.expected, fix)]
+    if (field.name, value) == ("packing_strategy", "wrapped"):
+        what = "is 'wrapped', which cuts rows in the middle"
+        return [Problem(path, what, "a strategy that keeps rows whole", "set train.packing_strategy=bfd")]
     if field.name in _BOUNDS and isinstance(value, (int, float)) and not isinstance(value, bool):
         least, limit = _BOUNDS[field.name]
         if not ((value > 0 if least is None else value >= least) and value < limit):

@@ -115,8 +115,15 @@ class StopOnSignal(TrainerCallback):
 class GuardedTrainer(SFTTrainer):
     """TRL's trainer, stopped by the first training or validation loss that is not a finite number."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+    tokens_seen = 0
+    """Tokens that went through the model in this process's part of the run, padding left out."""
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        mask = inputs.get("attention_mask")  # packed rows have none, and no padding
+        self.tokens_seen += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise GuardError(
                 f"the loss became {loss.item()} in step {self.state.global_step + 1}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.training.run_config import CONFIG_FILE
+from qlora_kit.training.settings import CONFIG_FILE, sha256_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,7 +90,7 @@ def make_contract(trained: Trained) -> AdapterContract:
 
 def _data_files(trained: Trained) -> tuple[DataFile, ...]:
     return tuple(
-        DataFile(split, file.name, _sha256(file), rows)
+        DataFile(split, file.name, sha256_of(file), rows)
         for split, file, rows in sorted(trained.ledger.files)
         if split != "test"
     )
@@ -102,11 +101,6 @@ def _plain_json(entry: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(trained: Trained) -> str:

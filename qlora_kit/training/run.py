@@ -30,6 +30,7 @@ from qlora_kit.models import (
     load_base_model,
     load_tokenizer,
     quantization_facts,
+    require_target_modules,
     trainable_parameters,
 )
 from qlora_kit.training.callbacks import (
@@ -40,15 +41,14 @@ from qlora_kit.training.callbacks import (
     TrainingProgress,
 )
 from qlora_kit.training.contract import Trained, write_run_files
-from qlora_kit.training.run_config import CONFIG_FILE, portable, require_same_run
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
     open_run_folder,
     publish,
     require_space_for_run,
-    step_of,
 )
+from qlora_kit.training.settings import portable, require_same_run, write_start
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,30 +120,31 @@ def train(
     config = portable(config)
     folder = Path(config.output_dir)
     checkpoint = open_run_folder(folder, resume=resume, overwrite=overwrite)
-    if checkpoint is not None:
-        require_same_run(folder, config)
     tokenizer = load_tokenizer(resolve_description(config.model.base, config.model.revision))
     data = prepare(config, control_tokens=control_tokens(tokenizer))
     train_rows, validation_rows = (
         encode_split(config, examples, tokenizer, ledger=data.ledger, split=split) if examples else None
         for split, examples in (("train", data.train), ("validation", data.validation))
     )
+    if checkpoint is not None:
+        require_same_run(folder, config)
     device = default_device()
     arguments = _sft_config(config, device)
     ref = resolve_base(config.model.base, config.model.revision)
+    require_target_modules(ref, config.lora)
     require_space_for_run(
         folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), checkpoints=config.train.save_total_limit
     )
     model, quantization = _load_model(config, ref, device)
     if checkpoint is None:
         clear_run_folder(folder)
-        (folder / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+        write_start(config, folder)
     try:
         with full_disk_errors(folder):
             trainer, seconds = _run(
                 model, arguments, tokenizer, (train_rows, validation_rows), checkpoint=checkpoint, progress=progress
             )
-            metrics = _metrics(trainer, data, seconds, first_step=0 if checkpoint is None else step_of(checkpoint))
+            metrics = _metrics(trainer, data, seconds)
             trained = Trained(
                 config=config,
                 ref=ref,
@@ -267,20 +268,17 @@ def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
     return error
 
 
-def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float, *, first_step: int) -> dict[str, Any]:
-    """The figures of the run, as ``TrainResult`` names them; ``seconds`` count from ``first_step`` on."""
+def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float) -> dict[str, Any]:
+    """The figures of the run, as ``TrainResult`` names them."""
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    # TRL counts tokens anew in a resumed run, whose history holds the older counts too.
-    counts = [entry["num_tokens"] for entry in history if "num_tokens" in entry and entry["step"] > first_step]
-    tokens = max(counts, default=0.0)
     best = trainer.state.best_metric if trainer.args.load_best_model_at_end else None
     latest = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "steps": trainer.state.global_step,
         "train_loss": losses[-1] if losses else trainer.state.log_history[-1]["train_loss"],
         "eval_loss": best if best is not None else (latest[-1] if latest else None),
-        "tokens_per_second": round(tokens / seconds, 1),
+        "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
         "rows": data.ledger.report("train").kept,
         "dropped_rows": sum(entry.action != "leaked" for entry in data.ledger.entries),
         "supervised_tokens": data.ledger.supervised_tokens["train"],

@@ -14,15 +14,16 @@ from qlora_kit.adapters import CONTRACT_FILE
 from qlora_kit.adapters.store import LOCK_FILE
 from qlora_kit.atomic import checked_target, require_free_space
 from qlora_kit.errors import OutputError
+from qlora_kit.training.settings import CONFIG_FILE, START_FILE
 
 CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,9})$")
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
 LEFTOVER = re.compile(r"^\.final\..*\.partial$")
 RUN_FILES = frozenset(
-    "adapter_model.safetensors adapter_config.json config.yaml ledger.jsonl metrics.json README.md runs "
+    "adapter_model.safetensors adapter_config.json ledger.jsonl metrics.json README.md runs "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja additional_chat_templates".split()
-) | {CONTRACT_FILE}
+) | {CONTRACT_FILE, CONFIG_FILE, START_FILE}
 """What a run leaves beside its checkpoints: its own files, those of any tokenizer, TensorBoard's ``runs``."""
 FREE_SPACE_FACTOR = 1.2
 
@@ -75,11 +76,16 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
 def _require_run_folder(folder: Path) -> None:
     """Let ``--overwrite`` delete what a run wrote, and nothing else: output_dir may be mistyped."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    made_by_run = any(name == CONTRACT_FILE or CHECKPOINT.match(name) or LEFTOVER.match(name) for name in names)
-    if names and not made_by_run:
+    if names and (Path(os.path.realpath(folder)).parent / LOCK_FILE).exists():
+        raise OutputError(
+            f"{folder}: is an adapter of the store {folder.parent}, which others may be using",
+            expected="a run folder outside of a store",
+            fix="set another output_dir, then publish with `qlora-kit adapters add RUN --replace`",
+        )
+    if names and START_FILE not in names:
         raise OutputError(
             f"{folder}: no training run wrote this folder, so that it is not replaced",
-            expected=f"a run folder, with {CONTRACT_FILE} or a checkpoint-N in it",
+            expected=f"a run folder, with the {START_FILE} that a run writes first",
             fix="set another output_dir, or remove the folder yourself",
         )
     foreign = sorted(name for name in names if not _is_of_a_run(name))
@@ -89,12 +95,6 @@ def _require_run_folder(folder: Path) -> None:
             f"{folder}: holds what no training run writes: {', '.join(map(repr, foreign[:5]))}{more}",
             expected="a run folder with nothing else in it",
             fix="move that elsewhere, or set another output_dir",
-        )
-    if names and (Path(os.path.realpath(folder)).parent / LOCK_FILE).exists():
-        raise OutputError(
-            f"{folder}: is an adapter of the store {folder.parent}, which others may be using",
-            expected="a run folder outside of a store",
-            fix="set another output_dir, then publish with `qlora-kit adapters add RUN --replace`",
         )
 
 

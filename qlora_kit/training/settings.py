@@ -1,0 +1,81 @@
+"""What a run began with: written before its first step, compared when it is resumed; and its config made portable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from qlora_kit.config import RunConfig
+from qlora_kit.data.reading import find_files
+from qlora_kit.errors import ConfigError, Fault
+from qlora_kit.strict_json import read_json_object
+
+CONFIG_FILE = "config.yaml"
+START_FILE = "run.json"
+MAX_START_BYTES = 2**20
+# What may differ in a resumed run: where it lies, what it tells and what it keeps; no step's result depends on it.
+FREE_KEYS = ("name", "output_dir", "train.save_total_limit", "train.report_to")
+FREE_PREFIXES = ("eval.", "train.logging")
+SPLITS = ("train", "validation", "test")
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """The same configuration with data paths that hold without its YAML: relative to the current folder if under it."""
+    found = {name: tuple(_shortest(config.resolve(path)) for path in getattr(config.data, name)) for name in SPLITS}
+    return config.model_copy(update={"data": config.data.model_copy(update=found)})
+
+
+def _shortest(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path.absolute()) if relative.startswith(os.pardir) else relative
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_start(config: RunConfig, folder: Path) -> None:
+    """Note in ``folder`` what the run begins with."""
+    (folder / START_FILE).write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
+
+
+def require_same_run(folder: Path, config: RunConfig) -> None:
+    """Refuse to resume a run with settings or data that it did not begin with.
+
+    Raises:
+        ConfigError: With every key that differs, its old and its new value.
+    """
+    fix = "start again with --overwrite, or in another output_dir"
+    began = read_json_object(folder / START_FILE, max_bytes=MAX_START_BYTES, error=ConfigError, fix=fix)
+    now = json.loads(json.dumps(_settings(config)))
+    faults = [
+        Fault(_difference(key, began.get(key), now.get(key)), "what the run began with", f"set {key} back, or {fix}")
+        for key in sorted({*began, *now})
+        if began.get(key) != now.get(key) and key not in FREE_KEYS and not key.startswith(FREE_PREFIXES)
+    ]
+    if faults:
+        raise ConfigError.of(faults)
+
+
+def _difference(key: str, began: object, now: object) -> str:
+    if key in {f"data.{split}" for split in SPLITS}:
+        return f"--resume: the files of {key} hold other data"
+    return f"--resume: {key} is {now!r}, the run began with {began!r}"
+
+
+def _settings(config: RunConfig) -> dict[str, object]:
+    """Every key of the configuration, dotted, with its value; in place of data files, the hashes of their bytes."""
+    flat: dict[str, object] = {}
+    for section, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{section}.{key}": item for key, item in value.items()}
+        else:
+            flat[section] = value
+    for split in SPLITS:
+        files = [file for path in getattr(config.data, split) for file in find_files(config.resolve(path))]
+        flat[f"data.{split}"] = [sha256_of(file) for file in files]
+    return flat
