@@ -113,6 +113,12 @@ def load_base_model(
             expected="a complete causal language model in safetensors",
             fix="check that every shard is there and unbroken",
         ) from error
+    if report["mismatched_keys"]:  # transformers 5.17 goes on with made-up weights, later ones raise
+        raise BaseModelError(
+            f"{ref.path}: the model cannot be loaded, {len(report['mismatched_keys'])} weights have another shape",
+            expected="weights of the shapes that config.json describes",
+            fix="check that config.json and the weights belong together",
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BaseModelError(
