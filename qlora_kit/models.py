@@ -8,7 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import BaseFacts, base_fingerprint
-from qlora_kit.base_files import BaseRef
+from qlora_kit.architecture import FAMILIES, read_architecture
+from qlora_kit.base_files import BaseRef, read_model_config
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.errors import BaseModelError, ConfigError, Fault
@@ -86,6 +87,7 @@ def load_base_model(
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
+    _require_described_shapes(ref)
     device = default_device() if device is None else device
     dtype = compute_dtype(quantization.bnb_4bit_compute_dtype, device)
     settings = None
@@ -113,12 +115,6 @@ def load_base_model(
             expected="a complete causal language model in safetensors",
             fix="check that every shard is there and unbroken",
         ) from error
-    if report["mismatched_keys"]:  # transformers 5.17 goes on with made-up weights, later ones raise
-        raise BaseModelError(
-            f"{ref.path}: the model cannot be loaded, {len(report['mismatched_keys'])} weights have another shape",
-            expected="weights of the shapes that config.json describes",
-            fix="check that config.json and the weights belong together",
-        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BaseModelError(
@@ -132,6 +128,26 @@ def load_base_model(
         bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
     )
     return model
+
+
+def _require_described_shapes(ref: BaseRef) -> None:
+    """Compare the files with ``config.json``: transformers 5.17 loads a 4-bit base of other shapes in silence."""
+    config = read_model_config(ref)
+    if config.get("model_type") not in FAMILIES:
+        return
+    planned = read_architecture(config, where=str(ref.path / "config.json")).tensors()
+    found = locate_tensors(ref.path, error=BaseModelError)
+    wrong = [
+        f"{name} is {list(place.info.shape)}, not {list(planned[name].shape)}"
+        for name, place in found.items()
+        if name in planned and place.info.dtype != "U8" and place.info.shape != planned[name].shape
+    ]
+    if wrong:
+        raise BaseModelError(
+            f"{ref.path}: the model cannot be loaded, {len(wrong)} weights have another shape: {wrong[0]}",
+            expected="weights of the shapes that config.json describes",
+            fix="check that config.json and the weights belong together",
+        )
 
 
 def linear4bit_modules(model: torch.nn.Module) -> dict[str, Linear4bit]:
