@@ -334,7 +334,7 @@ def _check_contents(messages: list[Message], task: Task) -> None:
         raise DataFault(
             f"the answer {answer!r} is not a label of the task {task.name}",
             expected=f"one of {', '.join(task.labels)}",
-            fix=f"{advice(answer, task.labels)} For other labels, set data.completion",
+            fix=f"{advice(answer, task.labels)} (for other labels, set data.completion)",
         )
 
 

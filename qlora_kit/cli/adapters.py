@@ -25,14 +25,16 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
     if json:
         print_json({"adapters": [_card_json(card) for card in listing.cards]})
     else:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(str(store), "table.title"))
+        table = Table(title=Text(str(store), "table.title"), box=SIMPLE_HEAD, pad_edge=False)
         for column in ("name", "task", "base model", "r", "size", "created"):
             table.add_column(column, justify="right" if column in ("r", "size") else "left")
         for card in listing.cards:
-            texts = (card.name, card.task or "", card.base_model or "", str(card.r), in_units(card.bytes), card.created)
+            day = card.created.partition("T")[0]
+            texts = (card.name, card.task or "", card.base_model or "", str(card.r), in_units(card.bytes), day)
             table.add_row(*map(Text, texts))
         stdout_console().print(table)
     for problem in listing.problems:
