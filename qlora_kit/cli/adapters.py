@@ -29,7 +29,7 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(str(store), "table.title"), box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=Text(str(store), "table.title"), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for column in ("name", "task", "base model", "r", "size", "created"):
             table.add_column(column, justify="right" if column in ("r", "size") else "left")
         for card in listing.cards:
