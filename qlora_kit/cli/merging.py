@@ -10,7 +10,7 @@ import typer
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.generation import BaseOption
-from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
+from qlora_kit.cli.output import JsonOption, counting, in_units, print_json, say, stdout_console
 
 if TYPE_CHECKING:
     from qlora_kit.merging import MergeResult
@@ -37,7 +37,12 @@ def merge(
     say(f"merging {folder}")
     from qlora_kit.merging import merge_adapter
 
-    result = merge_adapter(folder, out, base=base, onto=onto, verify=verify, overwrite=overwrite)
+    with counting("writing", unit="bytes") as bar:
+
+        def show(done_bytes: int, total_bytes: int) -> None:
+            bar.update(bar.task_ids[0], completed=done_bytes, total=total_bytes)
+
+        result = merge_adapter(folder, out, base=base, onto=onto, verify=verify, overwrite=overwrite, progress=show)
     if json:
         print_json(result.to_json())
     else:
