@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.adapters import AdapterStore, check_adapter_folder
-from qlora_kit.adapters.store import RUN_CONFIG_FILE
+from qlora_kit.adapters.card import RUN_CONFIG_FILE
 from qlora_kit.config import RunConfig, load_config
 from qlora_kit.data.preparing import prepare
 from qlora_kit.errors import AdapterError, ConfigError, Fault, QloraKitError

@@ -1,10 +1,11 @@
 """Adapters on disk: their contract, the gate that checks them, the store that holds them; no torch."""
 
+from qlora_kit.adapters.card import AdapterCard, AdapterDetails, no_base_given
 from qlora_kit.adapters.contract import AdapterContract, BaseFacts, BaseIdentity, DataFile
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint
 from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder, pair_faults
-from qlora_kit.adapters.store import AdapterCard, AdapterDetails, AdapterStore, StoreListing, check_name
+from qlora_kit.adapters.store import AdapterStore, StoreListing, check_name
 
 __all__ = [
     "CONTRACT_FILE",
@@ -21,5 +22,6 @@ __all__ = [
     "base_fingerprint",
     "check_adapter_folder",
     "check_name",
+    "no_base_given",
     "pair_faults",
 ]

@@ -6,63 +6,25 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-from qlora_kit.adapters.contract import AdapterContract
+from qlora_kit.adapters.card import AdapterCard, AdapterDetails, own_files, read_details
 from qlora_kit.adapters.contract_file import CONTRACT_FILE, read_contract_json, write_contract_json
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter_folder, require_regular_file
-from qlora_kit.adapters.lora_settings import read_lora_settings
 from qlora_kit.atomic import atomic_directory, discard_directory, moved_aside_names, recover_leftovers
 from qlora_kit.errors import AdapterError, Fault, OutputError
 from qlora_kit.safetensors_header import shown
 
 DEFAULT_STORE = Path("adapters")
-RUN_CONFIG_FILE = "config.yaml"
-CARD_FILE = "README.md"
 MAX_TEXT_BYTES = 16_000_000
 NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """What a run, a task and an adapter may be called."""
 _NAME = re.compile(NAME_PATTERN)
 LOCK_FILE = ".lock"
-
-
-@dataclass(frozen=True)
-class AdapterCard:
-    """One adapter as a list shows it.
-
-    Attributes:
-        name: Its folder's name.
-        task: Its task, None without contract.
-        base_model: The base it was trained on, as far as its files say.
-        r: Its rank.
-        bytes: Size of its files.
-        created: ISO 8601; without contract, when its weights were written.
-        path: Its folder.
-        metrics: What it scored, empty without contract.
-    """
-
-    name: str
-    task: str | None
-    base_model: str | None
-    r: int
-    bytes: int
-    created: str
-    path: Path
-    metrics: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class AdapterDetails:
-    """One adapter in full: its card, and its contract unless it is a plain PEFT adapter."""
-
-    card: AdapterCard
-    contract: AdapterContract | None
 
 
 @dataclass(frozen=True)
@@ -192,7 +154,7 @@ class AdapterStore:
                 _copy_own_files(run_folder, temporary)
                 _set_contract_name(temporary, name)
                 check_adapter_folder(temporary)  # the copy counts: the source may have changed meanwhile
-            return _read(target).card
+            return read_details(target).card
 
     def rename(self, old: str, new: str) -> AdapterCard:
         """Give the adapter ``old`` the name ``new``, in its contract too.
@@ -212,7 +174,7 @@ class AdapterStore:
                 path.rename(target)
             except OSError as error:
                 raise _not_writable(self.root, error) from error
-            return _read(target).card
+            return read_details(target).card
 
     def delete(self, name: str) -> None:
         """Delete the adapter ``name``.
@@ -246,14 +208,14 @@ class AdapterStore:
         """Card and contract from one and the same adapter, even while others replace it; None once it is deleted."""
         before = _identity(path)
         try:
-            details = _read(path)
+            details = read_details(path)
             if _identity(path) == before:
                 return details
         except (AdapterError, OSError):
             if before is not None and _identity(path) == before:
                 raise
         with self._locked() if os.access(self.root, os.W_OK) else nullcontext():
-            return _read(path) if path.is_dir() else None
+            return read_details(path) if path.is_dir() else None
 
     def _existing(self, name: str) -> Path:
         path = self.root / check_name(name)
@@ -303,28 +265,6 @@ class AdapterStore:
             os.close(lock)
 
 
-def _read(path: Path) -> AdapterDetails:
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        require_regular_file(path / name)
-    settings = read_lora_settings(path / CONFIG_FILE)
-    contract = None
-    if os.path.lexists(path / CONTRACT_FILE):
-        require_regular_file(path / CONTRACT_FILE)
-        contract = AdapterContract.load(path / CONTRACT_FILE)
-    written = datetime.fromtimestamp((path / WEIGHTS_FILE).stat().st_mtime, tz=UTC)
-    card = AdapterCard(
-        name=path.name,
-        task=None if contract is None else contract.task,
-        base_model=settings.base_model_name_or_path if contract is None else contract.base.id,
-        r=settings.r,
-        bytes=sum((path / name).stat().st_size for name in _own_files(path)),
-        created=written.isoformat(timespec="seconds") if contract is None else contract.created,
-        path=path,
-        metrics={} if contract is None else contract.metrics,
-    )
-    return AdapterDetails(card, contract)
-
-
 def _identity(path: Path) -> tuple[int, int] | None:
     """Changes when another folder takes the place of ``path``; None when there is none."""
     try:
@@ -334,13 +274,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
-def _own_files(folder: Path) -> tuple[str, ...]:
-    optional = (CONTRACT_FILE, RUN_CONFIG_FILE, CARD_FILE)
-    return (WEIGHTS_FILE, CONFIG_FILE, *(name for name in optional if os.path.lexists(folder / name)))
-
-
 def _copy_own_files(source: Path, target: Path) -> None:
-    for name in _own_files(source):
+    for name in own_files(source):
         require_regular_file(source / name)
         too_large = name != WEIGHTS_FILE and (source / name).stat().st_size > MAX_TEXT_BYTES
         if too_large:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.cli.output import say
-from qlora_kit.errors import AdapterError
-from qlora_kit.safetensors_header import shown
 
 if TYPE_CHECKING:
     from qlora_kit.adapters import AdapterContract
@@ -48,7 +46,7 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
 
 def _checked_contracts(base: str | None, adapters: Sequence[str], store: Path) -> dict[Path, AdapterContract]:
     """Adapter folder -> contract, of those that have one; the files of all are checked."""
-    from qlora_kit.adapters import AdapterStore, check_adapter_folder
+    from qlora_kit.adapters import AdapterStore, check_adapter_folder, no_base_given
 
     contracts = {}
     without = []
@@ -60,13 +58,7 @@ def _checked_contracts(base: str | None, adapters: Sequence[str], store: Path) -
             contracts[folder] = details.contract
             continue
         if base is None:
-            named = details.card.base_model
-            hint = "" if named is None else f" (its configuration names {shown(named)})"
-            raise AdapterError(
-                f"{folder}: the adapter has no contract, and no base was given",
-                expected="--base: the model that the adapter was trained on",
-                fix=f"give --base{hint}",
-            )
+            raise no_base_given(folder, details.card.base_model)
         without.append(details.card.name)
     if without:
         say(f"{', '.join(without)}: no contract, so base, chat template and stop tokens cannot be checked")

@@ -14,6 +14,7 @@ from qlora_kit.adapters import (
     BaseFacts,
     base_fingerprint,
     check_adapter_folder,
+    no_base_given,
     pair_faults,
 )
 from qlora_kit.base_files import BaseRef, read_model_config, resolve_base
@@ -192,13 +193,7 @@ def _find_base(
         return resolve_base(base, revision)
     if contract is not None:
         return resolve_base(contract.base.id, contract.base.revision if revision is None else revision)
-    named = files.config.base_model_name_or_path
-    hint = "" if named is None else f" (its configuration names {shown(named)})"
-    raise AdapterError(
-        f"{files.folder}: the adapter has no contract, and no base was given",
-        expected="--base: the model that the adapter was trained on",
-        fix=f"give --base{hint}",
-    )
+    raise no_base_given(files.folder, files.config.base_model_name_or_path)
 
 
 def _refuse_unmergeable_base(ref: BaseRef) -> None:
