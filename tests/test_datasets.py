@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_kit.code_execution import run_assertions
-from qlora_kit.formats import detect_format, to_example
+from qlora_kit.format_detection import detect_format
+from qlora_kit.formats import to_example
 from qlora_kit.tasks import TASKS, render_template
 from scripts.build_datasets import DATASETS, split_rows
 from scripts.tiny_corpus import reviews

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.formats import FORMATS, DataFault, Message, detect_format, extra_columns, extra_fields, to_example
+from qlora_kit.format_detection import detect_format, extra_columns
+from qlora_kit.formats import FORMATS, DataFault, Message, extra_fields, to_example
 from qlora_kit.formats import to_messages as convert
 from qlora_kit.tasks import TASKS
 

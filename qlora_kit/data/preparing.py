@@ -13,7 +13,8 @@ from qlora_kit.config import RunConfig
 from qlora_kit.data.duplicates import DigestSet, conversation_digest
 from qlora_kit.data.ledger import DataReport, Ledger, Problem, data_error, locate
 from qlora_kit.data.reading import MAX_ROW_BYTES, Note, Row, display_name, find_files, no_match, read_rows
-from qlora_kit.formats import DataFault, Example, detect_format, extra_columns, to_example
+from qlora_kit.format_detection import detect_format, extra_columns
+from qlora_kit.formats import DataFault, Example, to_example
 
 logger = logging.getLogger(__name__)
 

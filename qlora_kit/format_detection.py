@@ -1,0 +1,67 @@
+"""Which format a data file is in: the columns of all its rows in, the name of one format out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qlora_kit.formats import FORMATS, DataFault
+from qlora_kit.tasks import Task
+
+
+def _formats_of(columns: frozenset[str], task: Task) -> tuple[str, ...]:
+    """The formats whose columns are all present; the task's own columns win, since its template asks for them."""
+    matches = tuple(name for name, entry in FORMATS.items() if columns.issuperset(entry.required(task)))
+    return ("task",) if "task" in matches else matches
+
+
+def _columns_of_formats(task: Task) -> str:
+    return "; ".join(f"{name}: {', '.join(entry.required(task))}" for name, entry in FORMATS.items())
+
+
+def detect_format(rows: Iterable[Iterable[str]], task: Task, *, lines: Iterable[int] | None = None) -> str:
+    """The one format of all rows, found over all of them and not from the first.
+
+    A row that fits no format is left to ``to_messages``, which says what it lacks, as long as another row fits.
+
+    Args:
+        rows: Each row's column names (a dict serves as it is).
+        task: Gives the columns of the format ``task``.
+        lines: Each row's line for the message; counted from 1 when None.
+
+    Raises:
+        DataFault: There are no rows, no row fits a format, the formats are mixed, or one row fits several.
+    """
+    first_lines: dict[tuple[str, ...], int] = {}
+    seen: dict[frozenset[str], int] = {}
+    for number, row in enumerate(rows, start=1) if lines is None else zip(lines, rows, strict=True):
+        columns = frozenset(row)
+        if columns not in seen:
+            seen[columns] = number
+            first_lines.setdefault(_formats_of(columns, task), number)
+    if not seen:
+        raise DataFault("there are no rows", expected="at least one row", fix="give a file that is not empty")
+    fitting = {formats: line for formats, line in first_lines.items() if formats}
+    if not fitting:
+        columns, line = next(iter(seen.items()))
+        raise DataFault(
+            f"line {line}: the columns {', '.join(sorted(columns)) or '(none)'} fit no format",
+            expected=_columns_of_formats(task),
+            fix="rename the columns, or set data.prompt and data.completion to templates of your columns",
+        )
+    if len(fitting) > 1:
+        samples = ", ".join(f"{' or '.join(formats)} (line {line})" for formats, line in fitting.items())
+        raise DataFault(f"mixed formats: {samples}", expected="one format in all rows", fix="split the file by format")
+    (formats, line), *_ = fitting.items()
+    if len(formats) > 1:
+        raise DataFault(
+            f"line {line}: the columns fit several formats: {', '.join(formats)}",
+            expected="columns of one format",
+            fix=f"set data.format to one of {', '.join(formats)}",
+        )
+    return formats[0]
+
+
+def extra_columns(columns: Iterable[str], *, format: str, task: Task) -> tuple[str, ...]:
+    """The columns that nothing uses, sorted, for the caller to report."""
+    entry = FORMATS[format]
+    return tuple(sorted(set(columns) - {*entry.required(task), *entry.optional, *task.extra}))
