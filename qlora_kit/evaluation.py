@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import RunConfig
-from qlora_kit.evaluation_plan import EvaluationPlan, Split, plan_evaluation
+from qlora_kit.evaluation_plan import EvaluationPlan, PlannedAdapter, PlannedTask, Split, plan_evaluation
 from qlora_kit.metrics import METRICS
 from qlora_kit.scoring import TaskScores, score_task
 
 if TYPE_CHECKING:
     from qlora_kit.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being scored, its steps done and its steps in all."""
@@ -165,6 +168,7 @@ def run_evaluation(engine: Engine, plan: EvaluationPlan, *, progress: Progress |
     scored = []
     for planned, adapter in plan.pairs:
         name = None if adapter is None else names[adapter.name]
+        _tell_other_system_prompt(engine, planned, adapter, name)
         with engine.using(name) as model:
             scores = score_task(
                 model,
@@ -179,6 +183,18 @@ def run_evaluation(engine: Engine, plan: EvaluationPlan, *, progress: Progress |
         off_task = adapter is not None and adapter.is_off(planned.task.name)
         scored.append(ScoredPair(planned.task.name, name, off_task, scores))
     return Scorecard(engine.ref.id, plan.split, tuple(scored))
+
+
+def _tell_other_system_prompt(
+    engine: Engine, planned: PlannedTask, adapter: PlannedAdapter | None, name: str | None
+) -> None:
+    """An adapter off its task sees another prompt anyway; on it, the config's prompt must not differ in silence."""
+    contract = None if adapter is None or name is None else engine.contract(name)
+    if adapter is None or contract is None or adapter.is_off(planned.task.name):
+        return
+    fault = contract.system_prompt_fault(planned.task.system_prompt)
+    if fault is not None:
+        logger.warning("%s: %s", name, fault)
 
 
 def _labelled(progress: Progress | None, task: str, adapter: str | None) -> Callable[[int, int], None] | None:

@@ -56,7 +56,7 @@ def test_a_contract_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert path.name == "qlora_kit.json"
     assert AdapterContract.load(tmp_path) == AdapterContract.load(path) == CONTRACT
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["base"] == {"id": "Qwen/Qwen2.5-7B-Instruct", "revision": "abc", "fingerprint": "sampled-1:11"}
     assert content["stop_token_ids"] == [2, 0]
     assert [item.name for item in tmp_path.iterdir()] == ["qlora_kit.json"]
@@ -71,7 +71,7 @@ def test_unknown_keys_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"format_version": 2}, "upgrade qlora-kit"),
+        ({"format_version": 3}, "upgrade qlora-kit"),
         ({"format_version": 0}, "format_version is 0"),
         ({"format_version": True}, "format_version is True"),
         ({"format_version": None}, "format_version is missing"),
@@ -94,6 +94,11 @@ def test_unknown_keys_are_left_alone(tmp_path: Path) -> None:
         ({"created": "yesterday"}, "created is 'yesterday'"),
         ({"created": 1}, "created is 1"),
         ({"name": 1}, "name is 1"),
+        ({"origin": "found"}, "origin is 'found'"),
+        ({"origin": ["trained"]}, "origin is ['trained']"),
+        ({"not_measured": [1]}, "not_measured is [1]"),
+        ({"config_sha256": 1}, "config_sha256 is 1"),
+        ({"quantization": {"load_in_4bit": True, "prequantized": 1}}, "prequantized"),
     ],
 )
 def test_a_spoilt_contract_is_refused(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
@@ -105,11 +110,54 @@ def test_a_spoilt_contract_is_refused(tmp_path: Path, change: dict[str, Any], ex
 
 
 def test_every_missing_key_is_named_at_once(tmp_path: Path) -> None:
-    (tmp_path / "qlora_kit.json").write_text('{"format_version": 1}')
+    (tmp_path / "qlora_kit.json").write_text('{"format_version": 2}')
     with pytest.raises(AdapterError) as caught:
         AdapterContract.load(tmp_path)
     fields = {field.name for field in dataclasses.fields(AdapterContract)} - {"name"}
     assert {fault.what.split(": ")[1].split()[0] for fault in caught.value.faults} == fields
+
+
+VERSION_1 = """{
+  "format_version": 1,
+  "base": {"id": "tiny", "revision": null, "fingerprint": "sampled-1:11"},
+  "quantization": {"load_in_4bit": true, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": true},
+  "chat_template_sha256": "22", "system_prompt": "Rules.", "stop_token_ids": [2], "generation": {"max_new_tokens": 8},
+  "task": "sentiment", "metric_names": ["accuracy"], "config_sha256": "44", "versions": {"torch": "2.13.0"},
+  "data": [{"split": "train", "name": "train.csv", "sha256": "33", "rows": 2000}],
+  "created": "2026-01-02T03:04:05+00:00", "kit_version": "0.1.0", "metrics": {"accuracy": 0.95}, "name": "reviews"
+}"""
+
+
+def test_a_contract_of_version_1_is_migrated_and_its_file_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "qlora_kit.json"
+    path.write_text(VERSION_1)
+    contract = AdapterContract.load(tmp_path)
+    assert (contract.origin, contract.not_measured, contract.name) == ("trained", (), "reviews")
+    assert contract.quantization["prequantized"] is False
+    assert contract.mismatches(BaseFacts("tiny", fingerprint="sampled-1:11", stop_token_ids=(2,))) == []
+    assert path.read_text() == VERSION_1
+    contract.save(tmp_path)
+    assert json.loads(path.read_text())["format_version"] == 2
+    assert AdapterContract.load(tmp_path) == contract
+
+
+def test_faults_of_a_version_1_contract_are_told_too(tmp_path: Path) -> None:
+    (tmp_path / "qlora_kit.json").write_text(VERSION_1.replace('"stop_token_ids": [2]', '"stop_token_ids": []'))
+    with pytest.raises(AdapterError, match="stop_token_ids is"):
+        AdapterContract.load(tmp_path)
+    (tmp_path / "qlora_kit.json").write_text('{"format_version": 1, "quantization": 3}')
+    with pytest.raises(AdapterError, match="quantization is 3"):
+        AdapterContract.load(tmp_path)
+
+
+def test_another_system_prompt_is_told_with_its_effect() -> None:
+    assert CONTRACT.system_prompt_fault(CONTRACT.system_prompt) is None
+    assert dataclasses.replace(CONTRACT, system_prompt=None).system_prompt_fault("") is None
+    for requested in (None, "", "Be brief."):
+        fault = CONTRACT.system_prompt_fault(requested)
+        assert fault is not None
+        assert fault.what.startswith(f"system prompt: {requested!r}")
+        assert "négative" in fault.expected
 
 
 def test_a_contract_that_is_no_json_is_neither_read_nor_written(tmp_path: Path) -> None:

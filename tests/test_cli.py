@@ -170,6 +170,9 @@ def test_generate_prints_its_answer(
     longer = command("generate", "The soup is good.", "--base", random_base, "--max-new-tokens", 5, "--json").json
     assert longer["adapter"] is None
     assert longer["completion_tokens"] <= 5
+    told = command("generate", "The soup is good.", "--adapter", "reviews", "--system", "Be brief.").err
+    assert "system prompt: 'Be brief.'" in told
+    assert "system prompt" not in command("generate", "Hello", "--base", random_base, "--system", "Be brief.").err
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     refused(command("generate", "-", "--adapter", "reviews"), "the prompt is empty")
     refused(command("generate", "Hello", "--temperature", "11"), "temperature is 11")

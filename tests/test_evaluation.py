@@ -349,6 +349,18 @@ def test_the_json_has_a_line_for_every_metric(engine: Engine) -> None:
     assert set(report["headline"][0]) == {"task", "metric", "adapter", "base_value", "adapter_value", "gain"}
 
 
+def test_another_system_prompt_than_the_trained_one_is_told(
+    engine: Engine, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = AdapterContract.load(workplace / "store" / "reviews")
+    own = plan(engine.store.root, adapters=["reviews"]).tasks[0].task.system_prompt
+    replace(trained, system_prompt=own).save(workplace / "store" / "reviews")
+    evaluate(engine, adapters=["reviews", "stories"], matrix=True)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1  # stories was trained with none; off its task it is not compared
+    assert told[0].startswith("stories: system prompt: 'Continue the story.'")
+
+
 def test_every_adapter_is_loaded_before_anything_is_scored(engine: Engine, workplace: Path) -> None:
     make_adapter(workplace / "store" / "foreign", terms=contract("sentiment"))  # of another base
     seen: list[tuple[str, int, int]] = []

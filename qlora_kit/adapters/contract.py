@@ -12,6 +12,7 @@ from qlora_kit.adapters.contract_file import (
     CONTRACT_FILE,
     FORMAT_VERSION,
     NF4_CODES,
+    TRAINED,
     read_contract_json,
     write_contract_json,
 )
@@ -74,7 +75,8 @@ class AdapterContract:
     Attributes:
         base: The base model.
         quantization: ``load_in_4bit``, ``bnb_4bit_quant_type``, ``bnb_4bit_use_double_quant`` and, optionally,
-            ``nf4_codes``: tensor name to a hex sample of its 4-bit codes.
+            ``nf4_codes``: tensor name to a hex sample of its 4-bit codes; ``bnb_4bit_compute_dtype``, recorded and not
+            compared; ``prequantized``: the base's own files hold 4-bit weights.
         chat_template_sha256: Of what the chat template renders for probe conversations; None without template.
         system_prompt: Trained with it; a request's own wins.
         stop_token_ids: The tokens that end an answer.
@@ -82,12 +84,14 @@ class AdapterContract:
         task: Its task's name.
         metric_names: The task's metrics.
         data: The files it was trained on.
-        config_sha256: Of the resolved run configuration.
+        config_sha256: Of the resolved run configuration; None for an adopted adapter.
         versions: Library name to version.
         metrics: What it scored.
         created: When, as ISO 8601.
         kit_version: Of qlora_kit.
         name: Its name in a store, if it has one.
+        origin: ``trained`` by this kit, or ``adopted``: trained elsewhere, the contract written afterwards.
+        not_measured: Keys of an adopted contract that are its adopter's word, or not known at all.
     """
 
     base: BaseIdentity
@@ -99,12 +103,14 @@ class AdapterContract:
     task: str
     metric_names: tuple[str, ...]
     data: tuple[DataFile, ...]
-    config_sha256: str
+    config_sha256: str | None
     versions: Mapping[str, str]
     created: str
     kit_version: str
     metrics: Mapping[str, Any] = field(default_factory=dict)
     name: str | None = None
+    origin: str = TRAINED
+    not_measured: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: Path) -> AdapterContract:
@@ -120,7 +126,8 @@ class AdapterContract:
             DataFile(**{item.name: row[item.name] for item in fields(DataFile)}) for row in content["data"]
         )
         values["stop_token_ids"] = tuple(content["stop_token_ids"])
-        values["metric_names"] = tuple(content["metric_names"])
+        for key in ("metric_names", "not_measured"):
+            values[key] = tuple(content[key])
         return cls(**values)
 
     def save(self, path: Path) -> Path:
@@ -154,6 +161,19 @@ class AdapterContract:
         faults = self.mismatches(base)
         if faults:
             raise AdapterError.of(faults)
+
+    def system_prompt_fault(self, requested: str | None) -> Fault | None:
+        """What a request's own system prompt changes; None where it is the trained one.
+
+        A request's own wins, so that this is something to tell and no reason to refuse.
+        """
+        if (requested or None) == (self.system_prompt or None):
+            return None
+        what = (
+            f"system prompt: {requested!r}; the adapter was trained with {self.system_prompt!r}, and sees a prompt "
+            "of a form it never saw: answers may get worse"
+        )
+        return Fault(what, f"the system prompt of training, {self.system_prompt!r}", "leave the system prompt out")
 
     def _weight_faults(self, base: BaseFacts) -> list[Fault]:
         comparable = base.fingerprint is not None and _kind(base.fingerprint) == _kind(self.base.fingerprint)

@@ -13,20 +13,24 @@ from qlora_kit.errors import AdapterError, Fault
 from qlora_kit.strict_json import read_json_object
 
 CONTRACT_FILE = "qlora_kit.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_CONTRACT_BYTES = 16_000_000
 NF4_CODES = "nf4_codes"
+TRAINED, ADOPTED = ORIGINS = ("trained", "adopted")
 _FIX = "train the adapter again, or restore the file from where the adapter was published"
 
 
 def read_contract_json(path: Path) -> dict[str, Any]:
-    """The contract in ``path`` as plain JSON, checked; keys that this version does not know are in it too.
+    """The contract in ``path`` as plain JSON of the present version, checked; keys that it does not know are in it too.
+
+    The contract of an older version is migrated in memory; its file stays as it is.
 
     Raises:
         AdapterError: No file, no sound JSON, a newer format, or keys that are missing or of another type (all of them).
     """
     content = read_json_object(path, max_bytes=MAX_CONTRACT_BYTES, error=AdapterError, fix=_FIX)
     _require_known_version(path, content)
+    content = _migrated(content)
     faults = _content_faults(path, content)
     if faults:
         raise AdapterError.of(faults)
@@ -57,6 +61,26 @@ def _require_known_version(path: Path, content: Mapping[str, Any]) -> None:
         expected=f"a version from 1 to {FORMAT_VERSION}",
         fix="upgrade qlora-kit: a newer one wrote this adapter" if newer else _FIX,
     )
+
+
+def _migrated(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` as the present version has it."""
+    for version in range(content["format_version"], FORMAT_VERSION):
+        content = {**_MIGRATIONS[version](content), "format_version": version + 1}
+    return content
+
+
+def _from_version_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Version 1 knew neither adopted adapters nor bases that are quantized already."""
+    quantization = content.get("quantization")
+    if isinstance(quantization, dict):
+        quantization = {**quantization, "prequantized": False}
+    migrated = {**content, "origin": TRAINED, "not_measured": []}
+    return migrated if quantization is None else {**migrated, "quantization": quantization}
+
+
+# Version -> what makes the next one of it.
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
 
 
 def _content_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:
@@ -114,6 +138,10 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _is_origin(value: Any) -> bool:
+    return isinstance(value, str) and value in ORIGINS
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
@@ -122,6 +150,8 @@ def _is_quantization(value: Any) -> bool:
     if not isinstance(value, dict) or type(value.get("load_in_4bit")) is not bool:
         return False
     codes = value.get(NF4_CODES)
+    if type(value.get("prequantized", False)) is not bool:
+        return False
     return codes is None or _is_texts_object(codes)
 
 
@@ -158,7 +188,7 @@ _KINDS: dict[str, _Kind] = {
     "system_prompt": ("a text or null", _is_text_or_null),
     "generation": ("an object (max_new_tokens a whole number from 1)", _is_generation),
     "task": ("a text", _is_filled_text),
-    "config_sha256": ("a text", _is_text),
+    "config_sha256": ("a text or null", _is_text_or_null),
     "versions": ("an object of texts", _is_texts_object),
     "created": ("a time as ISO 8601", _is_time),
     "kit_version": ("a text", _is_text),
@@ -168,4 +198,6 @@ _KINDS: dict[str, _Kind] = {
     "metric_names": ("a list of texts", _is_texts),
     "data": ("a list of data files", _is_list),
     "name": ("a text or null", _is_text_or_null),
+    "origin": (f"one of {', '.join(ORIGINS)}", _is_origin),
+    "not_measured": ("a list of texts", _is_texts),
 }

@@ -53,6 +53,9 @@ def generate(
     name = engine.load(adapter) if adapter else None
     if max_new_tokens is None:
         sampling = replace(sampling, max_new_tokens=engine.default_sampling(name).max_new_tokens)
+    contract = None if name is None else engine.contract(name)
+    if system is not None and contract is not None and (fault := contract.system_prompt_fault(system)) is not None:
+        say(f"{name}: {fault}")
     turns = [Message("user", text)] if system is None else [Message("system", system), Message("user", text)]
     answer = engine.generate([turns], adapter=name, sampling=sampling)[0]
     if json:
