@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from qlora_kit.base_files import resolve_description
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
-from qlora_kit.data.encoding import encode_split
 from qlora_kit.data.ledger import DataReport, Problem
 from qlora_kit.data.preparing import examine
+from qlora_kit.data.tokenising import encode_split
 from qlora_kit.errors import DataError
 from qlora_kit.models import load_tokenizer
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.code_execution import ExecutionResult, run_assertions
 from qlora_kit.data.chat import control_tokens, render_prompts
-from qlora_kit.data.encoding import BATCH_ROWS, Encoded, Unencodable, encode_batch
+from qlora_kit.data.encoding import Encoded, Unencodable, encode_batch
 from qlora_kit.data.ledger import Problem, data_error, split_source
+from qlora_kit.data.tokenising import BATCH_ROWS
 from qlora_kit.errors import ConfigError
 from qlora_kit.formats import Example, Message
 from qlora_kit.generation import Completion, FinishReason, Sampling, generate

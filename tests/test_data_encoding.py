@@ -14,8 +14,9 @@ from qlora_kit.data.chat import (
     render_prompts,
     stop_token_ids,
 )
-from qlora_kit.data.encoding import Encoded, encode_batch, encode_conversation, encode_examples, self_check
+from qlora_kit.data.encoding import Encoded, encode_batch, encode_conversation, self_check
 from qlora_kit.data.ledger import Ledger
+from qlora_kit.data.tokenising import encode_examples
 from qlora_kit.errors import BaseModelError, DataError
 from qlora_kit.formats import Example, Message
 

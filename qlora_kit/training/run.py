@@ -19,8 +19,8 @@ from qlora_kit.atomic import full_disk_errors
 from qlora_kit.base_files import BaseRef, resolve_base, resolve_description
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import control_tokens
-from qlora_kit.data.encoding import encode_split
 from qlora_kit.data.preparing import PreparedData, prepare
+from qlora_kit.data.tokenising import encode_split
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.models import (
     adapter_bytes_at_most,
