@@ -12,6 +12,7 @@ from qlora_kit.adapters import AdapterStore, check_adapter_folder
 from qlora_kit.adapters.card import RUN_CONFIG_FILE
 from qlora_kit.config import RunConfig, load_config
 from qlora_kit.data.preparing import prepare
+from qlora_kit.data.sources import locate_file
 from qlora_kit.errors import AdapterError, ConfigError, Fault, QloraKitError
 from qlora_kit.formats import Example
 from qlora_kit.scoring import check_scorable
@@ -232,9 +233,10 @@ def _config_of(task: str, adapters: Sequence[PlannedAdapter], split: Split) -> R
 def _measure(config: RunConfig, split: Split) -> dict[str, Any]:
     """The keys by which a task is scored, with their values: where they differ, scores cannot be compared."""
     data, task = config.data, config.task_spec()
-    files = {"validation": data.validation, "test": data.test}[split]
     return {
-        f"data.{split}": [config.resolve(file).resolve() for file in files],
+        f"data.{split}": [
+            locate_file(config, entry).resolve() if isinstance(entry, str) else entry for entry in data.of(split)
+        ],
         "data.format": data.format,
         "data.system_prompt": task.system_prompt,
         "data.prompt": task.prompt,
@@ -257,15 +259,15 @@ def _plan_task(config: RunConfig, split: Split, limit: int | None, *, allow_code
 
 def _read_split(config: RunConfig, split: Split) -> tuple[Example, ...]:
     """The rows of one split; the other files of the config need not be there."""
-    files = {"validation": config.data.validation, "test": config.data.test}[split]
-    if not files:
+    sources = config.data.of(split)
+    if not sources:
         other = "validation" if split == "test" else "test"
         raise ConfigError(
             f"the config of the task {config.task} names no {split} data",
             expected=f"data.{split} with at least one file",
             fix=f"add data.{split} to the config, or score --split {other}",
         )
-    only = {"train": (), "validation": (), "test": (), split: files}
+    only = {"train": (), "validation": (), "test": (), "mix": (), split: sources}
     data = config.data.model_copy(update=only)
     prepared = prepare(config.model_copy(update={"data": data}))
     report = prepared.report

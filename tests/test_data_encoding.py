@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from conftest import trl_template
@@ -16,7 +17,8 @@ from qlora_kit.data.chat import (
 )
 from qlora_kit.data.encoding import Encoded, encode_batch, encode_conversation, self_check
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.data.tokenising import encode_examples
+from qlora_kit.data.token_file import TokenWriter, open_tokens
+from qlora_kit.data.tokenising import TokenRules, tokenise
 from qlora_kit.errors import BaseModelError, DataError
 from qlora_kit.formats import Example, Message
 
@@ -167,12 +169,14 @@ def test_labels_equal_trl_prompt_completion_preparation(chatml_tokenizer, tmp_pa
 
 def test_trl_takes_the_encoded_rows_as_they_are(chatml_tokenizer, tmp_path):
     examples = [Example(messages, {}, f"f.jsonl:{n}") for n, messages in enumerate(CONVERSATIONS, 1)]
-    data = encode_examples(
-        examples, chatml_tokenizer, max_length=512, loss_on="all_assistant", overlength="stop", ledger=Ledger()
-    )
+    rows = kept_rows(examples, chatml_tokenizer, TokenRules(512, "all_assistant", "stop"), Ledger())
+    with TokenWriter(tmp_path / "train.arrow") as writer:
+        writer.write(rows[:1])
+        writer.write(rows[1:])
+    data = open_tokens(tmp_path / "train.arrow")
     theirs = trl_dataset(list(data), chatml_tokenizer, tmp_path, max_length=512)
-    assert theirs["input_ids"][:] == data["input_ids"][:]
-    assert theirs["labels"][:] == data["labels"][:]
+    assert theirs["input_ids"][:] == data["input_ids"][:] == [row.input_ids for row in rows]
+    assert theirs["labels"][:] == data["labels"][:] == [row.labels for row in rows]
 
 
 def test_random_conversations(chatml_tokenizer):
@@ -248,9 +252,12 @@ def test_template_that_refuses_a_row_is_reported_with_its_row(make_tokenizer):
         Example(conversation("q", "a"), {}, "f.jsonl:1"),
         Example(conversation("q", "a", system="s"), {}, "f.jsonl:2"),
     ]
-    with pytest.raises(DataError, match=r"f\.jsonl:2: .*no system turn here") as caught:
-        encode_examples(examples, tokenizer, max_length=99, loss_on="last", overlength="stop", ledger=Ledger())
-    assert len(caught.value.faults) == 1
+    ledger = Ledger()
+    rows = kept_rows(examples, tokenizer, TokenRules(99, "last", "stop"), ledger)
+    assert len(rows) == 1
+    (problem,) = ledger.problems
+    assert (problem.file, problem.line) == ("f.jsonl", 2)
+    assert "no system turn here" in problem.reason
 
 
 def test_stop_token_inside_an_answer_is_refused(chatml_tokenizer):
@@ -278,6 +285,11 @@ def test_template_hash_follows_what_is_rendered(make_tokenizer):
     assert chat_template_sha256(tokenizer) != before
 
 
+def kept_rows(examples, tokenizer, rules, ledger):
+    """The rows that are left, of the split train."""
+    return [row for batch in tokenise(examples, tokenizer, rules, ledger=ledger, split="train") for row in batch]
+
+
 def overlength_rows(tokenizer):
     two_turns = conversation("one", "short", "two", "a rather long second answer " * 4)
     one_turn = conversation("one", "a rather long first answer " * 4)
@@ -290,40 +302,38 @@ def overlength_rows(tokenizer):
 
 def test_overlength_stop_lists_every_row(chatml_tokenizer):
     examples, limit = overlength_rows(chatml_tokenizer)
-    with pytest.raises(DataError) as caught:
-        encode_examples(
-            examples, chatml_tokenizer, max_length=limit, loss_on="all_assistant", overlength="stop", ledger=Ledger()
-        )
-    assert [fault.what.split(": ")[0] for fault in caught.value.faults] == ["f.jsonl:1", "f.jsonl:2", "f.jsonl:3"]
+    ledger = Ledger()
+    kept_rows(examples, chatml_tokenizer, TokenRules(limit, "all_assistant", "stop"), ledger)
+    assert [problem.line for problem in ledger.stopping("drop")] == [1, 2, 3]
 
 
 def test_overlength_drop_and_truncate_are_in_the_ledger(chatml_tokenizer):
     examples, limit = overlength_rows(chatml_tokenizer)
-    settings = {"max_length": limit, "loss_on": "all_assistant"}
     ledger = Ledger()
     ledger.rows["train"] = 4
-    data = encode_examples(examples, chatml_tokenizer, overlength="drop", ledger=ledger, **settings)
-    assert len(data) == 1
+    (row,) = kept_rows(examples, chatml_tokenizer, TokenRules(limit, "all_assistant", "drop"), ledger)
     report = ledger.report()
     assert (report.rows, report.kept, report.dropped, report.truncated) == (4, 1, 3, 0)
-    assert report.total_tokens == len(data[0]["input_ids"])
-    assert report.supervised_tokens == sum(label != -100 for label in data[0]["labels"])
+    assert report.total_tokens == len(row.input_ids)
+    assert report.supervised_tokens == sum(label != -100 for label in row.labels)
 
     ledger = Ledger()
     ledger.rows["train"] = 4
-    data = encode_examples(examples, chatml_tokenizer, overlength="truncate", ledger=ledger, **settings)
-    whole_turn, cut, fits = data["labels"][:]
+    rows = kept_rows(examples, chatml_tokenizer, TokenRules(limit, "all_assistant", "truncate"), ledger)
+    whole_turn, cut, fits = (row.labels for row in rows)
     stop = stop_token_ids(chatml_tokenizer)[0]
     assert whole_turn[-1] == stop
     assert cut[-1] != stop
     assert fits[-1] == stop
     assert [len(whole_turn), len(cut)] == [len(fits), limit]
-    actions = [(entry.line, entry.action) for entry in ledger.entries]
+    assert ledger.lengths["train"] == Counter([len(fits), len(fits), limit])
+    entries = list(ledger.entries)
+    actions = [(entry.line, entry.action) for entry in entries]
     assert actions == [(1, "truncated"), (2, "truncated"), (3, "dropped")]
-    assert "later turns" in ledger.entries[0].reason
-    assert "the answer was cut" in ledger.entries[1].reason
-    assert "stop token" in ledger.entries[1].reason
-    assert "the prompt alone fills it" in ledger.entries[2].reason
+    assert "later turns" in entries[0].reason
+    assert "the answer was cut" in entries[1].reason
+    assert "stop token" in entries[1].reason
+    assert "the prompt alone fills it" in entries[2].reason
 
 
 def test_metaspace_tokenizer_is_cut_behind_an_anchor():

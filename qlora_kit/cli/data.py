@@ -24,16 +24,15 @@ SHOWN_PROBLEMS = 20
 def check_data(config: ConfigArgument, overrides: OverridesArgument = None, *, json: JsonOption = False) -> None:
     """Check every row of a config's data, and count rows and tokens, without loading a model."""
     from qlora_kit.config import load_config
-    from qlora_kit.data.ledger import data_error
     from qlora_kit.data_check import check
 
-    report, stopping = check(load_config(config, overrides or ()))
+    data = check(load_config(config, overrides or ()))
+    report = data.report
     if json:
         print_json(report.to_json())
     else:
         _show(config, report)
-    if stopping:
-        raise data_error(stopping)
+    data.require_usable()
 
 
 def _show(config: Path, report: DataReport) -> None:

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,19 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
 from qlora_kit.adapters.store import NAME_PATTERN
-from qlora_kit.config.sections import DataSection, EvalSection, LoraSection, ModelSection, QuantizationSection
+from qlora_kit.config.sections import (
+    FILE_TAG,
+    HUB_TAG,
+    DataSection,
+    EvalSection,
+    HubDataset,
+    LoraSection,
+    MixedPart,
+    ModelSection,
+    PartSection,
+    QuantizationSection,
+    Source,
+)
 from qlora_kit.config.sft_fields import sft_fields
 from qlora_kit.config.train_section import SECTION, Problem, TrainSection, settable_fields, undeclared_problems
 from qlora_kit.config.yaml_source import KeyPath, dump_yaml, parse_value, read_yaml
@@ -26,6 +38,16 @@ from qlora_kit.suggest import advice, nearest
 from qlora_kit.tasks import TASKS, Task, get_task, template_fields
 
 NEW_TASK_MAX_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Rows of one task: the task, with the part's own words in it, and where the rows are."""
+
+    task: Task
+    section: PartSection
+
+
 _FOLLOW_UP = "default_factory_not_called"  # pydantic adds it to another key's fault
 
 
@@ -49,6 +71,10 @@ class RunConfig(BaseModel):
 
     _folder: Path = PrivateAttr(default=Path())  # the YAML's own folder
 
+    def sources(self, split: str) -> tuple[Source, ...]:
+        """The files and data sets of a split, of all parts."""
+        return tuple(source for part in self.parts() for source in part.section.of(split))
+
     def resolve(self, path: str) -> Path:
         """A data path: relative to the current folder where something is there, else to the YAML's folder."""
         beside_config = self._folder / path
@@ -56,30 +82,21 @@ class RunConfig(BaseModel):
 
     def task_spec(self) -> Task:
         """The task with what ``data`` and ``eval`` say in place of its own prompt, answer, metrics and limit."""
-        data, evaluation = self.data, self.eval
-        task = TASKS.get(self.task)
-        if task is None:
-            task = Task(self.task, "a task of the config's own", (), "", "", "", (), NEW_TASK_MAX_NEW_TOKENS)
-        prompt = task.prompt if data.prompt is None else data.prompt
-        completion = task.completion if data.completion is None else data.completion
-        metrics = task.metrics if evaluation.metrics is None else evaluation.metrics
-        limit = evaluation.max_new_tokens
-        return replace(
-            task,
-            fields=tuple(dict.fromkeys((*template_fields(prompt), *template_fields(completion)))),
-            system_prompt=task.system_prompt if data.system_prompt is None else data.system_prompt,
-            prompt=prompt,
-            completion=completion,
-            metrics=metrics,
-            max_new_tokens=task.max_new_tokens if limit is None else limit,
-            labels=task.labels if data.completion is None else (),
-            extra=("tests",) if "pass@1" in metrics else task.extra,
-        )
+        task = _with_own_words(self.task, self.data)
+        metrics = task.metrics if self.eval.metrics is None else self.eval.metrics
+        limit = task.max_new_tokens if self.eval.max_new_tokens is None else self.eval.max_new_tokens
+        extra = ("tests",) if "pass@1" in metrics else task.extra
+        return replace(task, metrics=metrics, max_new_tokens=limit, extra=extra)
+
+    def parts(self) -> tuple[DataPart, ...]:
+        """What the data are made of: the config's own task, then those of ``data.mix``."""
+        mixed = (DataPart(_with_own_words(part.task, part), part) for part in self.data.mix)
+        return (DataPart(self.task_spec(), self.data), *mixed)
 
     def sft_arguments(self) -> dict[str, Any]:
         """``train`` as keyword arguments of ``SFTConfig``; without validation data nothing is evaluated."""
         arguments = self.train.model_dump(mode="json")
-        if not self.data.validation:
+        if not any(part.section.validation for part in self.parts()):
             arguments["eval_strategy"] = "no"
         if "no" in (arguments["eval_strategy"], arguments["save_strategy"]):
             arguments["load_best_model_at_end"] = False
@@ -96,6 +113,22 @@ class RunConfig(BaseModel):
     def sha256(self) -> str:
         """Hash of every value, whatever the order and comments of the file."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def _with_own_words(name: str, part: PartSection) -> Task:
+    task = TASKS.get(name)
+    if task is None:
+        task = Task(name, "a task of the config's own", (), "", "", "", (), NEW_TASK_MAX_NEW_TOKENS)
+    prompt = task.prompt if part.prompt is None else part.prompt
+    completion = task.completion if part.completion is None else part.completion
+    return replace(
+        task,
+        fields=tuple(dict.fromkeys((*template_fields(prompt), *template_fields(completion)))),
+        system_prompt=task.system_prompt if part.system_prompt is None else part.system_prompt,
+        prompt=prompt,
+        completion=completion,
+        labels=task.labels if part.completion is None else (),
+    )
 
 
 _KIND_WORDS = {
@@ -189,7 +222,17 @@ def _merged(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def _task_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """An unknown task that the config does not make itself."""
+    """An unknown task that the config does not make itself, at the top or in a mixed part."""
+    data = values.get("data")
+    mix = data.get("mix") if isinstance(data, dict) else None
+    for number, part in enumerate(mix if isinstance(mix, list) else ()):
+        if not isinstance(part, dict) or not isinstance(part.get("task"), str) or part["task"] in TASKS:
+            continue
+        missing = [key for key in ("prompt", "completion") if part.get(key) is None]
+        if missing and part.get("format") != "text":
+            what = f"is the new task {part['task']!r}, which lacks {' and '.join(missing)}"
+            fix = f"set them; for a known task: {advice(part['task'], TASKS)}"
+            yield Problem(("data", "mix", str(number), "task"), what, "a known task, or prompt and completion", fix)
     task = values.get("task")
     if not isinstance(task, str) or task in TASKS:
         return
@@ -217,9 +260,8 @@ def _mappings(sections: Mapping[str, Any]) -> bool:
 
 
 def _problem_of(error: ErrorDetails) -> Problem:
-    """pydantic's error in the kit's words; in ``loc``, what follows a section and its key is no key of the config."""
-    depth = 2 if error["loc"][0] in _SECTIONS else 1
-    path = tuple(str(part) for part in error["loc"][:depth])
+    """pydantic's error in the kit's words."""
+    path = _key_path(error["loc"])
     dotted, value = ".".join(path), error["input"]
     expected = error["msg"].replace("Input should be ", "").replace("String should", "a text that should")
     expected = _KIND_WORDS.get(expected, expected)
@@ -240,15 +282,30 @@ def _problem_of(error: ErrorDetails) -> Problem:
     return Problem(path, f"is {value!r}", expected, f"correct {dotted}")
 
 
+def _key_path(location: tuple[int | str, ...]) -> KeyPath:
+    """The key of the config that ``loc`` of an error lies in; deeper parts are keys only in mixed parts and sources."""
+    parts = tuple(str(part) for part in location)
+    if parts[0] not in _SECTIONS:
+        return parts[:1]
+    depth = 4 if parts[:2] == ("data", "mix") else 2
+    if FILE_TAG in parts or HUB_TAG in parts:
+        depth = len(parts)
+    return tuple(part for part in parts[:depth] if part not in (FILE_TAG, HUB_TAG))
+
+
 def _known_keys(path: KeyPath) -> tuple[str, ...]:
-    section = RunConfig if len(path) == 1 else _SECTIONS[path[0]]
-    return tuple(section.model_fields)
+    model: type[BaseModel] = RunConfig
+    if len(path) == 2:
+        model = _SECTIONS[path[0]]
+    elif len(path) > 2:
+        model = MixedPart if path[:2] == ("data", "mix") and len(path) == 4 else HubDataset
+    return tuple(model.model_fields)
 
 
 def _where_it_belongs(path: KeyPath) -> str:
     """The section that has the unknown key, else its nearest match in its own section."""
     key = path[-1]
-    for section, model in _SECTIONS.items():
+    for section, model in _SECTIONS.items() if len(path) <= 2 else ():
         if key in (settable_fields() if section == "train" else model.model_fields):
             return f"it belongs to the section {section}: write {section}.{key}"
     return advice(key, _known_keys(path))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag
 
 from qlora_kit.config.train_section import SECTION, Names, as_names, wrong_value
 from qlora_kit.formats import FORMATS
@@ -14,6 +14,8 @@ from qlora_kit.metrics import METRICS
 from qlora_kit.tasks import template_fields
 
 MAX_RANK = 1024
+DATASET_ID = r"^(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}$"
+TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
 def _require_patterns(texts: Iterable[str]) -> None:
@@ -53,13 +55,6 @@ def _data_format(value: str) -> str:
     if value not in ("auto", *FORMATS):
         raise wrong_value(f"one of auto, {', '.join(FORMATS)}", known=FORMATS)
     return value
-
-
-def _files(value: object) -> tuple[str, ...]:
-    names = as_names(value)
-    if not names:
-        raise wrong_value("a file or a list of files")
-    return names
 
 
 def _metrics(value: object) -> tuple[str, ...]:
@@ -147,17 +142,70 @@ class LoraSection(BaseModel):
     """Module pattern -> its own alpha."""
 
 
-class DataSection(BaseModel):
-    """The data files and how they are read."""
+class HubDataset(BaseModel):
+    """A data set of the Hugging Face Hub, in place of a file."""
 
     model_config = SECTION
 
-    train: Annotated[tuple[str, ...], BeforeValidator(_files)]
-    """Training files: relative to the current folder, else to the YAML's."""
-    validation: Names = ()
-    """Files for the validation loss."""
-    test: Names = ()
-    """Files for ``qlora-kit eval``."""
+    hub: str = Field(pattern=DATASET_ID)
+    """Its id, such as ``tatsu-lab/alpaca``."""
+    split: str = Field(default="train", min_length=1)
+    """Which of its splits."""
+    subset: str | None = None
+    """Which of its subsets (configurations), where it has several."""
+    revision: str | None = None
+    """Commit, tag or branch."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Take only the first rows."""
+    streaming: bool = False
+    """Read it as it flows, instead of downloading it whole first."""
+
+
+# Tags tell pydantic which of the two was meant, so that only its faults are told; they are no keys of the config.
+FILE_TAG, HUB_TAG = "<file>", "<hub>"
+
+
+def _source_tag(value: object) -> str:
+    return FILE_TAG if isinstance(value, str) else HUB_TAG
+
+
+Source = Annotated[
+    Annotated[str, Tag(FILE_TAG)] | Annotated[HubDataset, Tag(HUB_TAG)],
+    Discriminator(_source_tag),
+]
+
+
+def _sources(value: object) -> object:
+    """One file or data set, or a list of them, or null, as a list."""
+    if value is None:
+        return []
+    entries = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all((isinstance(entry, str) and entry) or isinstance(entry, (dict, HubDataset)) for entry in entries):
+        raise wrong_value("a file, a pattern, {hub: ID}, or a list of them")
+    return entries
+
+
+def _at_least_one(value: tuple[Source, ...]) -> tuple[Source, ...]:
+    if not value:
+        raise wrong_value("a file or a list of files")
+    return value
+
+
+Sources = Annotated[tuple[Source, ...], Field(strict=False), BeforeValidator(_sources)]
+SomeSources = Annotated[Sources, AfterValidator(_at_least_one)]
+
+
+class PartSection(BaseModel):
+    """Rows of one task, in one format, and how they are put into words."""
+
+    model_config = SECTION
+
+    train: SomeSources
+    """Training data: files (relative to the current folder, else to the YAML's), patterns, or {hub: ID}."""
+    validation: Sources = ()
+    """Data for the validation loss."""
+    test: Sources = ()
+    """Data for ``qlora-kit eval``."""
     format: Annotated[str, AfterValidator(_data_format)] = "auto"
     """A name in ``formats.FORMATS``, or ``auto``: detected from all rows."""
     system_prompt: str | None = None
@@ -166,6 +214,26 @@ class DataSection(BaseModel):
     """In place of the task's template of the user turn."""
     completion: Template = None
     """In place of the task's template of the answer."""
+    weight: float = Field(default=1.0, gt=0, le=1000)
+    """How often a training row is seen in an epoch: 2 is twice, 0.5 is every second row, chosen by ``train.seed``."""
+
+    def of(self, split: str) -> tuple[Source, ...]:
+        """The files and data sets of ``train``, ``validation`` or ``test``."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+class MixedPart(PartSection):
+    """Another task in the same adapter."""
+
+    task: str = Field(pattern=TASK_NAME)
+    """One of ``tasks.TASKS``, or a new name with prompt and completion."""
+
+
+class DataSection(PartSection):
+    """The data and how they are read; the part that is described here is the config's own ``task``."""
+
+    mix: tuple[MixedPart, ...] = Field(default=(), strict=False)
+    """More parts, of other tasks, for one adapter that does several."""
     loss_on: Literal["all_assistant", "last"] = "all_assistant"
     """Answers that are trained on: all, or the last of each conversation."""
     on_error: Literal["stop", "drop"] = "stop"
@@ -174,6 +242,8 @@ class DataSection(BaseModel):
     """What to do with rows longer than ``train.max_length``."""
     allow_leakage: bool = False
     """Go on although validation or test rows are in the training data."""
+    near_duplicates: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Remove rows this similar (Jaccard similarity of word shingles) to an earlier one; null: exact copies only."""
 
 
 class EvalSection(BaseModel):

@@ -1,12 +1,18 @@
-"""The row ledger: what happened to every row that is not trained on as it stands, and the counts made of it."""
+"""The row ledger: what happened to every row that is not trained on as it stands, and the counts made of it.
+
+Entries go to a file that stays in memory only while it is small, so that a ledger does not grow with the data.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any, Literal
 
 from qlora_kit.errors import DataError, Fault, QloraKitError
@@ -14,6 +20,9 @@ from qlora_kit.errors import DataError, Fault, QloraKitError
 Action = Literal["dropped", "truncated", "duplicate", "leaked"]
 
 FAULTS_SHOWN = 20
+PROBLEMS_KEPT = 10_000
+SPOOLED_BYTES = 1 << 20
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -83,32 +92,71 @@ class DataReport:
         return {**values, "problems": problems, "notes": list(self.notes)}
 
 
-@dataclass
+@dataclass(frozen=True)
+class ReadFile:
+    """A file, or a data set of the Hub, that was read to its end: ``sha256`` of its bytes, or of what identifies it."""
+
+    split: str
+    name: str
+    sha256: str
+    rows: int
+
+
 class Ledger:
     """Collects what happens to the rows of one run, from reading to tokenising.
 
     Attributes:
-        entries: One for each row dropped, truncated, removed as a duplicate, or found leaked.
-        problems: Every fault found, also those that stop the run.
         notes: Harmless facts worth telling (a byte order mark).
         rows: Rows read, by split.
-        files: Each file read: its split, its path, its rows.
+        files: Each file read.
         supervised_tokens: Tokens that the loss sees, by split.
-        total_tokens: Tokens in all, by split.
+        lengths: Tokens of a row -> how many rows, by split.
     """
 
-    entries: list[LedgerEntry] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rows: Counter[str] = field(default_factory=Counter)
-    files: list[tuple[str, Path, int]] = field(default_factory=list)
-    supervised_tokens: Counter[str] = field(default_factory=Counter)
-    total_tokens: Counter[str] = field(default_factory=Counter)
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.rows: Counter[str] = Counter()
+        self.files: list[ReadFile] = []
+        self.supervised_tokens: Counter[str] = Counter()
+        self.lengths: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+        self._actions: Counter[tuple[str, str]] = Counter()
+        self._problems: dict[str, list[Problem]] = {split: [] for split in SPLITS}
+        self._problems_not_kept = 0
+        self._entries = SpooledTemporaryFile(max_size=SPOOLED_BYTES, mode="w+", encoding="utf-8", newline="\n")  # noqa: SIM115
+        weakref.finalize(self, self._entries.close)
 
     def record(self, split: str, source: str, action: Action, reason: str) -> None:
         """Adds an entry for the row at ``source`` (``file:line``)."""
         file, line = split_source(source)
-        self.entries.append(LedgerEntry(split, file, line, action, reason))
+        self._actions[split, action] += 1
+        self._entries.write(json.dumps(asdict(LedgerEntry(split, file, line, action, reason)), ensure_ascii=False))
+        self._entries.write("\n")
+
+    def refuse(self, split: str, problem: Problem) -> None:
+        """Adds a problem; beyond ``PROBLEMS_KEPT``, problems are only counted."""
+        if len(self._problems[split]) < PROBLEMS_KEPT:
+            self._problems[split].append(problem)
+        else:
+            self._problems_not_kept += 1
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Every problem that was kept: those of train, of validation, of test."""
+        return tuple(problem for split in SPLITS for problem in self._problems[split])
+
+    def stopping(self, on_error: str) -> tuple[Problem, ...]:
+        """The problems because of which the rows must not be used."""
+        return tuple(problem for problem in self.problems if problem.stops or on_error == "stop")
+
+    @property
+    def entries(self) -> Iterator[LedgerEntry]:
+        """What was recorded, in the order in which it happened."""
+        self._entries.seek(0)
+        try:
+            for line in self._entries:
+                yield LedgerEntry(**json.loads(line))
+        finally:
+            self._entries.seek(0, 2)
 
     def report(self, split: str | None = None) -> DataReport:
         """The counts of one split, or of all of them together.
@@ -116,8 +164,11 @@ class Ledger:
         Problems and notes are those of all splits.
         """
         splits = list(self.rows) if split is None else [split]
-        actions = Counter(entry.action for entry in self.entries if entry.split in splits)
+        actions = Counter[str]()
+        for (name, action), count in self._actions.items():
+            actions[action] += count if name in splits else 0
         rows = sum(self.rows[name] for name in splits)
+        unkept = f"{self._problems_not_kept:,} more problems were counted and not kept"
         return DataReport(
             rows=rows,
             kept=rows - actions["dropped"] - actions["duplicate"],
@@ -126,18 +177,52 @@ class Ledger:
             duplicates=actions["duplicate"],
             leaked=actions["leaked"],
             supervised_tokens=sum(self.supervised_tokens[name] for name in splits),
-            total_tokens=sum(self.total_tokens[name] for name in splits),
-            problems=tuple(self.problems),
-            notes=tuple(self.notes),
+            total_tokens=sum(self.total_tokens(name) for name in splits),
+            problems=self.problems,
+            notes=(*self.notes, *([unkept] if self._problems_not_kept else [])),
         )
+
+    def total_tokens(self, split: str) -> int:
+        """Tokens of a split, prompts and answers."""
+        return sum(length * rows for length, rows in self.lengths[split].items())
 
     def write(self, path: Path) -> None:
         """Writes ``ledger.jsonl``: one entry a line, in the order in which things happened."""
         temporary = path.with_name(path.name + ".partial")
-        with temporary.open("w", encoding="utf-8") as file:
-            for entry in self.entries:
-                file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+        self._entries.seek(0)
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            shutil.copyfileobj(self._entries, file)
+        self._entries.seek(0, 2)
         temporary.replace(path)
+
+    def state(self) -> dict[str, Any]:
+        """Everything but the entries, as plain JSON that ``restore`` takes."""
+        return {
+            "notes": self.notes,
+            "rows": dict(self.rows),
+            "files": [asdict(file) for file in self.files],
+            "supervised_tokens": dict(self.supervised_tokens),
+            "lengths": {split: sorted(counts.items()) for split, counts in self.lengths.items()},
+            "actions": [[split, action, count] for (split, action), count in sorted(self._actions.items())],
+            "problems": {split: [asdict(problem) for problem in found] for split, found in self._problems.items()},
+            "problems_not_kept": self._problems_not_kept,
+        }
+
+    @classmethod
+    def restore(cls, state: dict[str, Any], entries: Path) -> Ledger:
+        """The ledger whose ``state`` and entries (``write``) were kept."""
+        ledger = cls()
+        ledger.notes = list(state["notes"])
+        ledger.rows.update(state["rows"])
+        ledger.files = [ReadFile(**file) for file in state["files"]]
+        ledger.supervised_tokens.update(state["supervised_tokens"])
+        ledger.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
+        ledger._actions = Counter({(split, action): count for split, action, count in state["actions"]})
+        ledger._problems = {split: [Problem(**kept) for kept in found] for split, found in state["problems"].items()}
+        ledger._problems_not_kept = state["problems_not_kept"]
+        with entries.open(encoding="utf-8", newline="\n") as file:
+            shutil.copyfileobj(file, ledger._entries)
+        return ledger
 
 
 def locate(file: str, line: int | None) -> str:

@@ -1,24 +1,25 @@
-"""Reads and checks the data files of a config: rows go in, checked examples of each split and their ledger come out."""
+"""Reads and checks the data of a config as a stream: rows go in, checked examples come out, faults go to the ledger."""
 
 from __future__ import annotations
 
-import glob
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import chain, islice
 
-from qlora_kit.config import RunConfig
+from qlora_kit.config import DataPart, RunConfig
 from qlora_kit.data.duplicates import DigestSet, conversation_digest
-from qlora_kit.data.ledger import DataReport, Ledger, Problem, data_error, locate
-from qlora_kit.data.reading import MAX_ROW_BYTES, Note, Row, display_name, find_files, no_match, read_rows
+from qlora_kit.data.ledger import DataReport, Ledger, Problem, ReadFile, data_error, locate
+from qlora_kit.data.reading import MAX_ROW_BYTES, Item, Note, Row
+from qlora_kit.data.sources import DataSource, find_sources
 from qlora_kit.format_detection import detect_format, extra_columns
 from qlora_kit.formats import DataFault, Example, to_example
 
 logger = logging.getLogger(__name__)
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+DETECTED_ROWS = 1000  # rows that are looked at before the first is converted; all others are held to their format
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class PreparedData:
         train: Rows to train on.
         validation: Rows for the validation loss; empty where the config names no file.
         test: Rows for the scorecard; empty where the config names no file.
-        ledger: What happened to all other rows; encoding goes on writing in it.
+        ledger: What happened to all other rows.
         stopping: The problems because of which these rows must not be used; empty if all is well.
     """
 
@@ -41,12 +42,12 @@ class PreparedData:
 
     @property
     def report(self) -> DataReport:
-        """The counts of all splits together, as of now."""
+        """The counts of all splits together."""
         return self.ledger.report()
 
 
 def prepare(config: RunConfig, *, control_tokens: Sequence[str] = ()) -> PreparedData:
-    """Reads and checks all data files that ``config`` names.
+    """Reads and checks all data that ``config`` names, and keeps every row in memory.
 
     Args:
         config: Names the files, the task, and what to do with faulty rows.
@@ -63,137 +64,172 @@ def prepare(config: RunConfig, *, control_tokens: Sequence[str] = ()) -> Prepare
 
 def examine(config: RunConfig, *, control_tokens: Sequence[str] = ()) -> PreparedData:
     """As ``prepare``, but the faults that would stop it are returned in ``stopping`` beside what could be read."""
-    examination = _Examination(config, control_tokens)
-    # Train comes last: its rows are compared with those of the other two.
-    test = examination.read("test", config.data.test)
-    validation = examination.read("validation", config.data.validation)
-    train = examination.read("train", config.data.train, held_out=(validation, test))
+    examination = Examination(config, control_tokens)
+    rows = {split: tuple(examination.read(split)) for split in READING_ORDER}
     ledger = examination.ledger
+    tell_notes(ledger)
+    return PreparedData(rows["train"], rows["validation"], rows["test"], ledger, ledger.stopping(config.data.on_error))
+
+
+def tell_notes(ledger: Ledger) -> None:
+    """Log what users should hear of their files."""
     for note in ledger.notes:
         logger.warning("%s", note)
-    problems = [problem for split in (train, validation, test) for problem in split.problems]
-    ledger.problems.extend(problems)
-    stopping = tuple(problem for problem in problems if problem.stops or config.data.on_error == "stop")
-    return PreparedData(tuple(train.examples), tuple(validation.examples), tuple(test.examples), ledger, stopping)
+
+
+READING_ORDER = ("test", "validation", "train")  # train comes last: its rows are compared with those of the other two
 
 
 @dataclass
 class _Split:
     name: str
-    examples: list[Example] = field(default_factory=list)
     digests: DigestSet = field(default_factory=DigestSet)
-    problems: list[Problem] = field(default_factory=list)
+    formats: dict[str, str] = field(default_factory=dict)  # of one part: format -> the first source that is in it
+    kept: int = 0
 
 
-class _Examination:
-    """One pass over the files of a config."""
+class Examination:
+    """One pass over the data of a config; splits are read in ``READING_ORDER``.
 
-    def __init__(self, config: RunConfig, control_tokens: Sequence[str]) -> None:
+    Args:
+        config: Names the files, the tasks, and what to do with faulty rows.
+        control_tokens: Strings that no text may hold, since a tokenizer would make control tokens of them.
+    """
+
+    def __init__(self, config: RunConfig, control_tokens: Sequence[str] = ()) -> None:
         self.config = config
-        self.task = config.task_spec()
-        self.control = re.compile("|".join(map(re.escape, control_tokens))) if control_tokens else None
         self.ledger = Ledger()
+        self._control = re.compile("|".join(map(re.escape, control_tokens))) if control_tokens else None
+        self._splits: dict[str, _Split] = {}
 
-    def read(self, name: str, paths: Sequence[str], *, held_out: Sequence[_Split] = ()) -> _Split:
-        split = _Split(name)
-        formats: dict[str, str] = {}  # format -> first file
-        for path in paths:
-            for file in self._find(split, path):
-                rows = self._read_file(split, file)
-                format_name = self._format_of(split, file, rows)
-                if format_name is not None:
-                    formats.setdefault(format_name, display_name(file))
-                    self._check_rows(split, rows, format_name, held_out)
-        if len(formats) > 1:
-            reason = f"{name} mixes formats: {', '.join(f'{key} ({file})' for key, file in formats.items())}"
-            fix = "bring the files into one format"
-            split.problems.append(Problem(min(formats.values()), None, reason, "one format", fix, stops=True))
-        if paths and not split.examples and not any(problem.stops for problem in split.problems):
-            reason = f"no row of {name} is left of {self.ledger.rows[name]}"
-            split.problems.append(Problem(paths[0], None, reason, "at least one row", "correct the rows", stops=True))
-        return split
+    def read(self, name: str) -> Iterator[Example]:
+        """The checked rows of a split, of all parts."""
+        return chain.from_iterable(self.read_part(name, part) for part in self.config.parts())
 
-    def _find(self, split: _Split, named: str) -> list[Path]:
-        path = self.config.resolve(named)
-        if glob.has_magic(named) and not path.exists():
-            # The folder before the first wildcard is what can be looked for beside the YAML.
-            parts = Path(named).parts
-            fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
-            path = self.config.resolve(str(Path(*parts[:fixed]))).joinpath(*parts[fixed:])
-        files = find_files(path)
-        if not files:
-            split.problems.append(no_match(path))
-        return files
+    def read_part(self, name: str, part: DataPart) -> Iterator[Example]:
+        """The checked rows of one part of a split, as they are read; faults and all other rows go to the ledger."""
+        split = self._splits.setdefault(name, _Split(name))
+        split.formats = {}
+        kept_before, rows_before = split.kept, self.ledger.rows[name]
+        stopped = False
+        for entry in part.section.of(name):
+            sources = find_sources(self.config, entry)
+            if isinstance(sources, Problem):
+                self.ledger.refuse(name, sources)
+                stopped = True
+                continue
+            for source in sources:
+                source_stopped = yield from self._read_source(split, part, source)
+                stopped = stopped or source_stopped
+        if len(split.formats) > 1:
+            reason = f"{name} mixes formats: {', '.join(f'{key} ({file})' for key, file in split.formats.items())}"
+            first = min(split.formats.values())
+            self.ledger.refuse(
+                name, Problem(first, None, reason, "one format", "bring the files into one format", stops=True)
+            )
+        if part.section.of(name) and split.kept == kept_before and not stopped:
+            reason = f"no row of {name} is left of {self.ledger.rows[name] - rows_before}"
+            entry = part.section.of(name)[0]
+            place = entry if isinstance(entry, str) else entry.hub
+            self.ledger.refuse(name, Problem(place, None, reason, "at least one row", "correct the rows", stops=True))
 
-    def _read_file(self, split: _Split, file: Path) -> list[Row]:
-        rows: list[Row] = []
-        rows_before = self.ledger.rows[split.name]
-        for item in read_rows(file):
+    def _read_source(self, split: _Split, part: DataPart, source: DataSource) -> Generator[Example, None, bool]:
+        """Yields the checked rows of one source; returns whether a problem was met that stops the run."""
+        items = source.read()
+        head = list(islice(items, DETECTED_ROWS))
+        columns = _first_lines(head)
+        format_name = part.section.format
+        if format_name == "auto":
+            if not columns:  # the first rows are all faulty: the columns of later ones must say it
+                columns = _first_lines(source.read())
+            format_name = self._detected(split, part, source, columns) or ""
+        rows = 0
+        stopped = False
+        for item in chain(head, items):
             if isinstance(item, Note):
                 self.ledger.notes.append(item.text)
-            elif isinstance(item, Row):
-                rows.append(item)
-            else:
+            elif isinstance(item, Problem):
+                stopped = stopped or item.stops
+                rows += 0 if item.stops else 1
                 self._refuse(split, item)
-        self.ledger.rows[split.name] += len(rows)
-        self.ledger.files.append((split.name, file, self.ledger.rows[split.name] - rows_before))
-        return rows
+            else:
+                rows += 1
+                self.ledger.rows[split.name] += 1
+                columns.setdefault(frozenset(item.values), item.line)
+                example = self._checked(split, part, item, format_name) if format_name else None
+                if example is not None:
+                    split.kept += 1
+                    yield example
+        if columns and part.section.format == "auto" and format_name:
+            format_name = self._detected(split, part, source, columns) or ""
+        if columns and format_name:
+            self._note_unused(part, source, columns, format_name)
+            split.formats.setdefault(format_name, source.name)
+        if rows:
+            self.ledger.files.append(ReadFile(split.name, source.name, source.sha256(), rows))
+        return stopped or (bool(columns) and not format_name)
 
     def _refuse(self, split: _Split, problem: Problem) -> None:
         """Notes a problem that was met while reading; one of a single row counts as a row, dropped."""
-        split.problems.append(problem)
+        self.ledger.refuse(split.name, problem)
         if not problem.stops:
             self.ledger.rows[split.name] += 1
             self.ledger.record(split.name, locate(problem.file, problem.line), "dropped", problem.reason)
 
-    def _format_of(self, split: _Split, file: Path, rows: list[Row]) -> str | None:
-        if not rows:
+    def _detected(
+        self, split: _Split, part: DataPart, source: DataSource, columns: dict[frozenset[str], int]
+    ) -> str | None:
+        if not columns:
             return None
-        name = self.config.data.format
-        if name == "auto":
-            try:
-                name = detect_format((row.values for row in rows), self.task, lines=(row.line for row in rows))
-            except DataFault as fault:
-                split.problems.append(
-                    Problem(display_name(file), None, fault.what, fault.expected, fault.fix, stops=True)
-                )
-                return None
-        unused = extra_columns({column for row in rows for column in row.values}, format=name, task=self.task)
-        if unused:
-            self.ledger.notes.append(f"{display_name(file)}: nothing uses the columns {', '.join(unused)}")
-        return name
+        try:
+            return detect_format(columns, part.task, lines=columns.values())
+        except DataFault as fault:
+            self.ledger.refuse(
+                split.name, Problem(source.name, None, fault.what, fault.expected, fault.fix, stops=True)
+            )
+            return None
 
-    def _check_rows(self, split: _Split, rows: list[Row], format_name: str, held_out: Sequence[_Split]) -> None:
-        for row in rows:
-            try:
-                example = to_example(row.values, format=format_name, task=self.task, source=row.source)
-                self._check_text(example)
-            except DataFault as fault:
-                split.problems.append(Problem(row.file, row.line, fault.what, fault.expected, fault.fix))
-                self.ledger.record(split.name, row.source, "dropped", fault.what)
-                continue
-            digest = conversation_digest(example.messages)
-            if not split.digests.add(digest):
-                self.ledger.record(split.name, row.source, "duplicate", "exact duplicate of an earlier row")
-                continue
-            found_in = [other.name for other in held_out if digest in other.digests]
+    def _note_unused(
+        self, part: DataPart, source: DataSource, columns: dict[frozenset[str], int], format_name: str
+    ) -> None:
+        unused = extra_columns(frozenset().union(*columns), format=format_name, task=part.task)
+        if unused:
+            self.ledger.notes.append(f"{source.name}: nothing uses the columns {', '.join(unused)}")
+
+    def _checked(self, split: _Split, part: DataPart, row: Row, format_name: str) -> Example | None:
+        """The row as an example that is to be kept; None when it went to the ledger."""
+        try:
+            example = to_example(row.values, format=format_name, task=part.task, source=row.source)
+            self._check_text(example)
+        except DataFault as fault:
+            self.ledger.refuse(split.name, Problem(row.file, row.line, fault.what, fault.expected, fault.fix))
+            self.ledger.record(split.name, row.source, "dropped", fault.what)
+            return None
+        digest = conversation_digest(example.messages)
+        if not split.digests.add(digest):
+            self.ledger.record(split.name, row.source, "duplicate", "exact duplicate of an earlier row")
+            return None
+        if split.name == "train":
+            found_in = [other.name for other in self._held_out() if digest in other.digests]
             if found_in:
                 self._note_leak(split, row, " and ".join(found_in))
-            split.examples.append(example)
+        return example
+
+    def _held_out(self) -> list[_Split]:
+        return [self._splits[name] for name in ("validation", "test") if name in self._splits]
 
     def _note_leak(self, split: _Split, row: Row, found_in: str) -> None:
         reason = f"the same row is in {found_in}"
         self.ledger.record(split.name, row.source, "leaked", reason)
         if not self.config.data.allow_leakage:
             fix = "remove it from one of the two, or set data.allow_leakage=true"
-            split.problems.append(
-                Problem(row.file, row.line, reason, "train rows that no held-out split holds", fix, stops=True)
-            )
+            expected = "train rows that no held-out split holds"
+            self.ledger.refuse(split.name, Problem(row.file, row.line, reason, expected, fix, stops=True))
 
     def _check_text(self, example: Example) -> None:
         for number, message in enumerate(example.messages, start=1):
             where = f"turn {number} ({message.role})"
-            found = None if self.control is None else self.control.search(message.content)
+            found = None if self._control is None else self._control.search(message.content)
             if found is not None:
                 raise DataFault(
                     f"{where} holds the control token {found.group()}",
@@ -211,3 +247,12 @@ class _Examination:
             raise DataFault(
                 f"the row is longer than {limit}", expected=f"at most {limit}", fix="split or shorten the row"
             )
+
+
+def _first_lines(items: Iterator[Item] | list[Item]) -> dict[frozenset[str], int]:
+    """Each set of columns that rows have, with the line of the first of them."""
+    found: dict[frozenset[str], int] = {}
+    for item in items:
+        if isinstance(item, Row):
+            found.setdefault(frozenset(item.values), item.line)
+    return found

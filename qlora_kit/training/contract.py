@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import AdapterContract, BaseIdentity, DataFile, base_fingerprint
@@ -15,7 +15,7 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.training.settings import CONFIG_FILE, sha256_of
+from qlora_kit.training.settings import CONFIG_FILE
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -89,10 +89,9 @@ def make_contract(trained: Trained) -> AdapterContract:
 
 
 def _data_files(trained: Trained) -> tuple[DataFile, ...]:
+    files = sorted(trained.ledger.files, key=lambda file: (file.split, file.name))
     return tuple(
-        DataFile(split, file.name, sha256_of(file), rows)
-        for split, file, rows in sorted(trained.ledger.files)
-        if split != "test"
+        DataFile(file.split, PurePath(file.name).name, file.sha256, file.rows) for file in files if file.split != "test"
     )
 
 

@@ -18,9 +18,7 @@ from trl import SFTConfig
 from qlora_kit.atomic import full_disk_errors
 from qlora_kit.base_files import BaseRef, resolve_base, resolve_description
 from qlora_kit.config import RunConfig
-from qlora_kit.data.chat import control_tokens
-from qlora_kit.data.preparing import PreparedData, prepare
-from qlora_kit.data.tokenising import encode_split
+from qlora_kit.data.tokenised_data import TokenisedData, tokenised_data
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.models import (
     adapter_bytes_at_most,
@@ -121,11 +119,8 @@ def train(
     folder = Path(config.output_dir)
     checkpoint = open_run_folder(folder, resume=resume, overwrite=overwrite)
     tokenizer = load_tokenizer(resolve_description(config.model.base, config.model.revision))
-    data = prepare(config, control_tokens=control_tokens(tokenizer))
-    train_rows, validation_rows = (
-        encode_split(config, examples, tokenizer, ledger=data.ledger, split=split) if examples else None
-        for split, examples in (("train", data.train), ("validation", data.validation))
-    )
+    data = tokenised_data(config, tokenizer)
+    data.require_usable()
     if checkpoint is not None:
         require_same_run(folder, config)
     device = default_device()
@@ -142,7 +137,7 @@ def train(
     try:
         with full_disk_errors(folder):
             trainer, seconds = _run(
-                model, arguments, tokenizer, (train_rows, validation_rows), checkpoint=checkpoint, progress=progress
+                model, arguments, tokenizer, (data.train, data.validation), checkpoint=checkpoint, progress=progress
             )
             metrics = _metrics(trainer, data, seconds)
             trained = Trained(
@@ -204,7 +199,7 @@ def _run(
     model: PeftModel,
     arguments: SFTConfig,
     tokenizer: PreTrainedTokenizerBase,
-    rows: tuple[Dataset, Dataset | None],
+    rows: tuple[Dataset | None, Dataset | None],
     *,
     checkpoint: Path | None,
     progress: Callable[[TrainingProgress], None] | None,
@@ -268,8 +263,9 @@ def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
     return error
 
 
-def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float) -> dict[str, Any]:
+def _metrics(trainer: GuardedTrainer, data: TokenisedData, seconds: float) -> dict[str, Any]:
     """The figures of the run, as ``TrainResult`` names them."""
+    report = data.ledger.report()
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     best = trainer.state.best_metric if trainer.args.load_best_model_at_end else None
@@ -280,7 +276,7 @@ def _metrics(trainer: GuardedTrainer, data: PreparedData, seconds: float) -> dic
         "eval_loss": best if best is not None else (latest[-1] if latest else None),
         "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
         "rows": data.ledger.report("train").kept,
-        "dropped_rows": sum(entry.action != "leaked" for entry in data.ledger.entries),
+        "dropped_rows": report.dropped + report.truncated + report.duplicates,
         "supervised_tokens": data.ledger.supervised_tokens["train"],
         "trainable_parameters": trainable_parameters(trainer.model),
         "peak_bytes": _peak_bytes(),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
-from qlora_kit.config import RunConfig
-from qlora_kit.data.reading import find_files
+from qlora_kit.config import PartSection, RunConfig, Source
+from qlora_kit.data.ledger import SPLITS, Problem
+from qlora_kit.data.sources import find_sources, locate_file
 from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.strict_json import read_json_object
 
@@ -18,24 +18,27 @@ MAX_START_BYTES = 2**20
 # What may differ in a resumed run: where it lies, what it tells and what it keeps; no step's result depends on it.
 FREE_KEYS = ("name", "output_dir", "train.save_total_limit", "train.report_to")
 FREE_PREFIXES = ("eval.", "train.logging")
-SPLITS = ("train", "validation", "test")
 
 
 def portable(config: RunConfig) -> RunConfig:
     """The same configuration with data paths that hold without its YAML: relative to the current folder if under it."""
-    found = {name: tuple(_shortest(config.resolve(path)) for path in getattr(config.data, name)) for name in SPLITS}
-    return config.model_copy(update={"data": config.data.model_copy(update=found)})
+    mix = tuple(part.model_copy(update=_portable_sources(config, part)) for part in config.data.mix)
+    data = config.data.model_copy(update={**_portable_sources(config, config.data), "mix": mix})
+    return config.model_copy(update={"data": data})
+
+
+def _portable_sources(config: RunConfig, part: PartSection) -> dict[str, tuple[Source, ...]]:
+    return {
+        split: tuple(
+            _shortest(locate_file(config, entry)) if isinstance(entry, str) else entry for entry in part.of(split)
+        )
+        for split in SPLITS
+    }
 
 
 def _shortest(path: Path) -> str:
     relative = os.path.relpath(path)
     return str(path.absolute()) if relative.startswith(os.pardir) else relative
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file's bytes, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_start(config: RunConfig, folder: Path) -> None:
@@ -75,7 +78,12 @@ def _settings(config: RunConfig) -> dict[str, object]:
             flat |= {f"{section}.{key}": item for key, item in value.items()}
         else:
             flat[section] = value
+    flat["data.mix"] = [part.model_dump(mode="json", exclude=set(SPLITS)) for part in config.data.mix]
     for split in SPLITS:
-        files = [file for path in getattr(config.data, split) for file in find_files(config.resolve(path))]
-        flat[f"data.{split}"] = [sha256_of(file) for file in files]
+        flat[f"data.{split}"] = [
+            source.sha256()
+            for entry in config.sources(split)
+            if not isinstance(sources := find_sources(config, entry), Problem)
+            for source in sources
+        ]
     return flat
