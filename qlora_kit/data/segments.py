@@ -1,0 +1,141 @@
+"""Renders conversations without the template engine where that provably gives the same text.
+
+Most chat templates put literal text between the contents of the turns. For each order of roles, those literals are read
+off one rendered conversation and tried on contents that templates are known to treat specially (white space at the
+edges, thoughts, tags, braces). Where a single one is rendered otherwise, that order of roles is left to the template.
+What no trial can show, a content that is treated specially in some way unknown to us, is looked for while the work goes
+on: every ``SPOT_CHECK_ROWS``th conversation is rendered both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qlora_kit.data.chat import Cut, Piece, TurnFormat, cut_texts, render_texts
+from qlora_kit.errors import DataError
+from qlora_kit.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPOT_CHECK_ROWS = 256
+_TRIALS = (
+    " leading",
+    "trailing ",
+    "\n\nlines\n between\n\n",
+    "\t x \t",
+    "x",
+    "0",
+    "None",
+    "</think>answer",
+    "<think>a</think>b",
+    "<think>\n\n</think>\n\nc",
+    "<tool_call>\n{}\n</tool_call>",
+    "<tool_response>r</tool_response>",
+    "[INST] i [/INST]",
+    "<<SYS>>s<</SYS>>",
+    "{{ braces }} {% block %} {# note #}",
+    '{"json": ["a", 1]}',
+    "'single' \"double\" `back` \\ slash",
+    "<br>&amp;<b>bold</b>",
+    "é 漢字 🙂 \u00a0 end",
+    "system user assistant",
+    "### Instruction:\n### Response:",
+    "word " * 400 + "end",
+)
+
+
+class ContentChangesTemplate(Exception):
+    """A conversation that the template renders otherwise than its literals say: fast rendering cannot be used."""
+
+
+class SegmentRenderer:
+    """Cuts conversations as ``data.chat`` does, by literals wherever they were proven to give the same.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        turn_format: Of this tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat) -> None:
+        self._tokenizer = tokenizer
+        self._turn_format = turn_format
+        # Roles -> for each piece its turn, and its literals with the indices of the messages between them.
+        self._segments: dict[tuple[str, ...], tuple[tuple[int | None, tuple[str | int, ...]], ...] | None] = {}
+        self._rows = 0
+
+    def cut(self, conversations: Sequence[Sequence[Message]]) -> list[Cut]:
+        """The conversations in pieces, in their order.
+
+        Raises:
+            ContentChangesTemplate: A spot check failed; cut all conversations of the run by ``data.chat`` instead.
+            DataError: The template itself refuses a conversation.
+        """
+        cuts: list[Cut | None] = []
+        for messages in conversations:
+            cut = self._assembled(messages)
+            self._rows += 1
+            if cut is not None and self._rows % SPOT_CHECK_ROWS == 0 and cut != self._rendered([messages])[0]:
+                raise ContentChangesTemplate
+            cuts.append(cut)
+        slow = [index for index, cut in enumerate(cuts) if cut is None]
+        rendered = iter(self._rendered([conversations[index] for index in slow]))
+        return [next(rendered) if cut is None else cut for cut in cuts]
+
+    def _rendered(self, conversations: Sequence[Sequence[Message]]) -> list[Cut]:
+        texts = render_texts(conversations, self._tokenizer, for_generation=False)
+        return cut_texts(texts, conversations, self._tokenizer, self._turn_format)
+
+    def _assembled(self, messages: Sequence[Message]) -> Cut | None:
+        roles = tuple(message.role for message in messages)
+        if roles not in self._segments:
+            self._segments[roles] = self._proven(roles)
+        segments = self._segments[roles]
+        if segments is None:
+            return None
+        return Cut(
+            tuple(
+                Piece("".join(part if isinstance(part, str) else messages[part].content for part in parts), turn)
+                for turn, parts in segments
+            ),
+            {},
+        )
+
+    def _proven(self, roles: tuple[str, ...]) -> tuple[tuple[int | None, tuple[str | int, ...]], ...] | None:
+        """The literals of conversations with these roles; None where the template does more than to join them."""
+        try:
+            segments = self._read_off(roles)
+            if segments is None:
+                return None
+            self._segments[roles] = segments
+            trials = [
+                [Message(role, _TRIALS[(start + index) % len(_TRIALS)]) for index, role in enumerate(roles)]
+                for start in range(len(_TRIALS))
+            ]
+            agree = [self._assembled(trial) for trial in trials] == self._rendered(trials)
+        except DataError:  # the template refuses these roles, or a trial: the template is asked for each row
+            return None
+        return segments if agree else None
+
+    def _read_off(self, roles: tuple[str, ...]) -> tuple[tuple[int | None, tuple[str | int, ...]], ...] | None:
+        marks = {f"Qz{index}Xw{index}Qz": index for index in range(len(roles))}
+        cut = self._rendered([[Message(role, mark) for role, mark in zip(roles, marks, strict=True)]])[0]
+        if cut.missed:
+            return None
+        return tuple((piece.turn, _parts(piece.text, marks)) for piece in cut.pieces)
+
+
+def _parts(text: str, marks: dict[str, int]) -> tuple[str | int, ...]:
+    """``text`` cut at the marks: literals, and the number of each mark."""
+    parts: list[str | int] = []
+    while text:
+        found = [(text.index(mark), mark) for mark in marks if mark in text]
+        if not found:
+            parts.append(text)
+            break
+        position, mark = min(found)
+        parts += [text[:position]] if position else []
+        parts.append(marks[mark])
+        text = text[position + len(mark) :]
+    return tuple(parts)
