@@ -172,6 +172,7 @@ def test_an_installed_wheel_trains_outside_the_clone(tmp_path: Path) -> None:
         names = archive.namelist()
     assert len(names) == len(set(names))
     assert "qlora_kit/starter/configs/sentiment.yaml" in names
+    assert "qlora_kit/doctor/references.safetensors" in names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"qlora_kit"}
 
     venv.create(tmp_path / "venv")

@@ -21,7 +21,7 @@ LAYERS = {
             "tasks formats format_detection metrics config adapters base_files architecture starter",
             "shard_writer checkpoint data models code_execution generation likelihood scoring",
             "training engine merging data_check",
-            "evaluation_plan evaluation",
+            "evaluation_plan evaluation doctor",
             "cli",
         )
     )

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_kit.cli import adapters, data, evaluation, generation, info, init, merging, training
+from qlora_kit.cli import adapters, data, doctor, evaluation, generation, info, init, merging, training
 from qlora_kit.errors import QloraKitError
 
 
@@ -35,6 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(name="doctor")(doctor.doctor)
 app.command(name="init")(init.init)
 app.command(name="info")(info.info)
 app.command(name="data")(data.check_data)
