@@ -75,6 +75,34 @@ def byte_level_tokenizer(family: str, template: str, *, eos_token: str) -> PreTr
     return fast
 
 
+def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """As Llama 2's and Mistral's: a space is a letter, ``▁``, and stands before each stretch without control tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    control = ["<unk>", "<s>", "</s>"]
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=control, show_progress=False)
+    words.train_from_iterator(["[INST] Is this review positive, negative or neutral? [/INST] The answer"] * 4, trainer)
+    learned = json.loads(words.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    names = [*control, *(f"<0x{byte:02X}>" for byte in range(256))]  # any other character is spelt in bytes
+    names += [name for name in learned["vocab"] if name not in control]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.add_special_tokens(control)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=None
+    )
+    fast.chat_template = template
+    return fast
+
+
 @pytest.fixture(scope="session")
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
     """Qwen2.5's tokenizer in small: its pre-tokenizer pattern, control tokens and chat template."""
@@ -85,6 +113,12 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """Makes a small tokenizer: ``make_tokenizer(family, template, eos_token=...)``."""
     return byte_level_tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_sentencepiece_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
+    """Makes a small tokenizer of the SentencePiece kind with a chat template."""
+    return sentencepiece_tokenizer
 
 
 @pytest.fixture(scope="session")

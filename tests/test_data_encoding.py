@@ -362,3 +362,35 @@ def test_metaspace_tokenizer_is_cut_behind_an_anchor():
     encoded = encode_conversation(messages, fast, loss_on="all_assistant")
     assert encoded.input_ids == fast.apply_chat_template(plain(messages), tokenize=True, return_dict=False)
     assert [fast.decode(run).strip() for run in supervised_runs(encoded)] == ["the answer</s>", "world</s>"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %} [INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '</s>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    ],
+    ids=["mistral", "zephyr"],
+)
+def test_sentencepiece_answers_behind_plain_text_keep_their_tokens(make_sentencepiece_tokenizer, template):
+    """This tokenizer marks every stretch between control tokens, but an answer inside such a stretch has no mark."""
+    tokenizer = make_sentencepiece_tokenizer(template)
+    messages = conversation("The question?", "the answer", "Another one?", "\u00e9t\u00e9: [1]")
+    encoded = encode_conversation(messages, tokenizer, loss_on="all_assistant")
+    whole = tokenizer.apply_chat_template(plain(messages), tokenize=True, return_dict=False)
+    assert encoded.input_ids == whole[: len(encoded.input_ids)]
+    runs = [tokenizer.decode(run).strip() for run in supervised_runs(encoded)]
+    assert runs == ["the answer</s>", "\u00e9t\u00e9: [1]</s>"]
+
+
+def test_an_answer_that_merges_with_the_text_before_it_is_refused(make_sentencepiece_tokenizer):
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %} [INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    tokenizer = make_sentencepiece_tokenizer(template)
+    tokenizer.add_tokens(["\n The"])
+    with pytest.raises(BaseModelError, match="start on a token boundary"):
+        encode_conversation(conversation("A?", "The end"), tokenizer, loss_on="all_assistant")

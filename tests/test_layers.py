@@ -18,7 +18,7 @@ LAYERS = {
     for layer, names in enumerate(
         (
             "errors suggest strict_json atomic safetensors_header assertion_child",
-            "tasks formats format_detection metrics config adapters base_files architecture starter",
+            "tasks formats format_detection metrics config adapters base_keys base_files architecture starter",
             "shard_writer checkpoint data models code_execution generation likelihood scoring",
             "training engine merging data_check",
             "evaluation_plan evaluation doctor",

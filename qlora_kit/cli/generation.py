@@ -12,7 +12,9 @@ from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.engine import open_engine
 from qlora_kit.cli.output import JsonOption, print_json, say
 
-BaseOption = Annotated[str | None, typer.Option("--base", help="tiny, a folder or a Hub id; else the adapter's own.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="tiny, a folder, ID or ID@REVISION of the Hub; else the adapter's own.")
+]
 
 
 def generate(

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="`tiny`, a folder, or a Hub id.", metavar="MODEL")] = "tiny",
+    model: Annotated[
+        str, typer.Argument(help="`tiny`, a folder, or ID or ID@REVISION of the Hub.", metavar="MODEL")
+    ] = "tiny",
     *,
     r: Annotated[int, typer.Option("--r", min=1, help="LoRA rank to count trainable parameters for.")] = 16,
     json: JsonOption = False,

@@ -91,7 +91,7 @@ class ModelSection(BaseModel):
     model_config = SECTION
 
     base: str = Field(default="tiny", min_length=1)
-    """``tiny`` (embedded), a folder, or a Hub id."""
+    """``tiny`` (embedded), a folder, or a Hub id (``ID`` or ``ID@REVISION``)."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id."""
 

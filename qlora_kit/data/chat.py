@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.errors import BaseModelError, DataError
 from qlora_kit.formats import Message
+from qlora_kit.safetensors_header import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # (Llama 3.x), and a reasoning model's prompt ends with the empty thought that its plain answers are trained behind.
 TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
+# Tokenizers of the SentencePiece kind have no token that a line break is only a part of, so text may be cut behind one.
+LINE_BREAK = "\n"
 PROBE_ANSWER = "The answer"
 STOP_PROBE = (Message("user", "Question?"), Message("assistant", PROBE_ANSWER))
 PROBES: tuple[tuple[bool, tuple[Message, ...]], ...] = (
@@ -42,13 +45,21 @@ class TurnFormat:
     Attributes:
         stop: The text of the token that ends an assistant turn (``<|im_end|>``).
         stop_id: Its id.
-        anchor: A control token to tokenise each piece behind (and then to drop), for tokenizers that mark the start of
-            a text; empty where pieces need none.
+        anchor: Text to tokenise what follows a turn behind (and then to drop), for tokenizers that mark the start of a
+            text; empty where pieces need none.
+        answer_anchor: The same for answers, which follow plain text.
     """
 
     stop: str
     stop_id: int
     anchor: str = ""
+    answer_anchor: str = ""
+
+    def anchor_of(self, index: int, piece: Piece) -> str:
+        """What to tokenise the piece at ``index`` of a conversation behind."""
+        if index == 0:
+            return ""
+        return self.anchor if piece.turn is None else self.answer_anchor
 
 
 @dataclass(frozen=True)
@@ -168,8 +179,8 @@ def read_turn_format(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
             fix="use the -Instruct variant of the base model, or one with another chat template",
         )
     stop_id = tokenizer.convert_tokens_to_ids(stop)
-    for anchor in ("", stop):
-        turn_format = TurnFormat(stop, stop_id, anchor)
+    for anchors in (("", ""), (stop, stop), (stop, LINE_BREAK)):
+        turn_format = TurnFormat(stop, stop_id, *anchors)
         cuts = cut_texts([text], [STOP_PROBE], tokenizer, turn_format)
         pieces = tokenize_cuts(cuts, tokenizer, turn_format)[0]
         if not cuts[0].missed and list(chain.from_iterable(pieces)) == ids:
@@ -249,10 +260,29 @@ def _answer_end(text: str, start: int, content: str, stop: str) -> int | None:
 def tokenize_cuts(
     cuts: Sequence[Cut], tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat
 ) -> list[list[list[int]]]:
-    """Token ids of each piece of each cut, every piece tokenised by itself and nothing added."""
-    texts = [turn_format.anchor * (index > 0) + piece.text for cut in cuts for index, piece in enumerate(cut.pieces)]
-    if not texts:
+    """Token ids of each piece of each cut, every piece tokenised by itself and nothing added.
+
+    Raises:
+        BaseModelError: The tokenizer merges an answer with the line break that it is tokenised behind.
+    """
+    pieces = [
+        (turn_format.anchor_of(index, piece), piece.text) for cut in cuts for index, piece in enumerate(cut.pieces)
+    ]
+    if not pieces:
         return [[] for _ in cuts]
+    anchors = sorted({anchor for anchor, _ in pieces} - {""})
+    texts = [*anchors, *(anchor + text for anchor, text in pieces)]
     ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
-    anchored = turn_format.anchor != ""
-    return [[next(ids)[int(anchored and index > 0) :] for index in range(len(cut.pieces))] for cut in cuts]
+    anchor_ids = {"": [], **{anchor: next(ids) for anchor in anchors}}
+    own_ids = iter([_behind(anchor_ids[anchor], next(ids), text) for anchor, text in pieces])
+    return [[next(own_ids) for _ in cut.pieces] for cut in cuts]
+
+
+def _behind(anchor_ids: list[int], ids: list[int], text: str) -> list[int]:
+    if ids[: len(anchor_ids)] != anchor_ids:
+        raise BaseModelError(
+            f"the tokenizer merges the start of {shown(text)} with what stands before it",
+            expected="answers that start on a token boundary",
+            fix="use another base model",
+        )
+    return ids[len(anchor_ids) :]
