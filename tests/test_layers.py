@@ -19,7 +19,7 @@ LAYERS = {
         (
             "errors suggest strict_json atomic safetensors_header assertion_child",
             "tasks formats format_detection metrics config adapters base_keys base_files architecture starter",
-            "shard_writer checkpoint data models code_execution generation likelihood scoring",
+            "shard_writer checkpoint data models measured_speed code_execution generation likelihood scoring",
             "training engine merging data_check",
             "evaluation_plan evaluation doctor",
             "cli",

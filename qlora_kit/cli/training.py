@@ -38,6 +38,8 @@ def train(
         print_json(result.to_json())
         return
     validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
+    if result.stop_rate is not None:
+        validation += f", {result.stop_rate:.0%} of the answers to validation prompts end by themselves"
     stdout_console().print(
         f"{result.output_dir}: {result.steps} steps in {result.seconds:.0f} s, "
         f"{result.tokens_per_second:,.0f} tokens/s, loss {result.train_loss:.4f}{validation}, "

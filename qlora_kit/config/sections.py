@@ -259,3 +259,5 @@ class EvalSection(BaseModel):
     """Score only so many rows."""
     metrics: Metrics | None = None
     """In place of the task's metrics."""
+    stop_rate_rows: int = Field(default=32, ge=0, le=10_000)
+    """Validation prompts that the trained adapter answers after training, to see whether it stops; 0: none."""

@@ -111,6 +111,7 @@ class Ledger:
         files: Each file read.
         supervised_tokens: Tokens that the loss sees, by split.
         lengths: Tokens of a row -> how many rows, by split.
+        stopped_rows: Rows whose last supervised token ends an answer, by split.
     """
 
     def __init__(self) -> None:
@@ -119,6 +120,7 @@ class Ledger:
         self.files: list[ReadFile] = []
         self.supervised_tokens: Counter[str] = Counter()
         self.lengths: dict[str, Counter[int]] = {split: Counter() for split in SPLITS}
+        self.stopped_rows: Counter[str] = Counter()
         self._actions: Counter[tuple[str, str]] = Counter()
         self._problems: dict[str, list[Problem]] = {split: [] for split in SPLITS}
         self._problems_not_kept = 0
@@ -202,6 +204,7 @@ class Ledger:
             "rows": dict(self.rows),
             "files": [asdict(file) for file in self.files],
             "supervised_tokens": dict(self.supervised_tokens),
+            "stopped_rows": dict(self.stopped_rows),
             "lengths": {split: sorted(counts.items()) for split, counts in self.lengths.items()},
             "actions": [[split, action, count] for (split, action), count in sorted(self._actions.items())],
             "problems": {split: [asdict(problem) for problem in found] for split, found in self._problems.items()},
@@ -216,6 +219,7 @@ class Ledger:
         ledger.rows.update(state["rows"])
         ledger.files = [ReadFile(**file) for file in state["files"]]
         ledger.supervised_tokens.update(state["supervised_tokens"])
+        ledger.stopped_rows.update(state["stopped_rows"])
         ledger.lengths = {split: Counter(dict(counts)) for split, counts in state["lengths"].items()}
         ledger._actions = Counter({(split, action): count for split, action, count in state["actions"]})
         ledger._problems = {split: [Problem(**kept) for kept in found] for split, found in state["problems"].items()}

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.config import RunConfig
+from qlora_kit.data.chat import read_turn_format
 from qlora_kit.data.encoding import IGNORED_LABEL, Encoded, LossOn, Unencodable, encode_batch, self_check
 from qlora_kit.data.ledger import Ledger, Problem, split_source
 from qlora_kit.formats import Example
@@ -59,6 +60,7 @@ def tokenise(
         BaseModelError: The tokenizer has no usable chat template, or what it encodes does not decode to the answer.
     """
     remaining = iter(examples)
+    ends = {read_turn_format(tokenizer).stop_id, tokenizer.eos_token_id}
     first = True
     while batch := list(islice(remaining, BATCH_ROWS)):
         if first:
@@ -71,6 +73,7 @@ def tokenise(
             if row is not None:
                 ledger.lengths[split][len(row.input_ids)] += 1
                 ledger.supervised_tokens[split] += row.supervised_tokens
+                ledger.stopped_rows[split] += row.labels[-1] in ends
                 kept.append(row)
         yield kept
 

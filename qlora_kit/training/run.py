@@ -18,8 +18,10 @@ from trl import SFTConfig
 from qlora_kit.atomic import full_disk_errors
 from qlora_kit.base_files import BaseRef, resolve_base, resolve_description
 from qlora_kit.config import RunConfig
+from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.data.tokenised_data import TokenisedData, tokenised_data
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
+from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
     attach_lora,
@@ -47,6 +49,7 @@ from qlora_kit.training.run_folder import (
     require_space_for_run,
 )
 from qlora_kit.training.settings import portable, require_same_run, write_start
+from qlora_kit.training.stop_rate import stop_rate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,6 +68,8 @@ class TrainResult:
         steps: Optimizer steps in all.
         train_loss: Mean loss over the run's last log interval.
         eval_loss: Validation loss of the adapter that was kept; None without validation data.
+        stop_rate: Share of the answers to ``eval.stop_rate_rows`` validation prompts that end by themselves; None
+            where none was asked for.
         tokens_per_second: Tokens through the model, padding left out, over the training time with its evaluations.
         rows: Training rows that were kept, of those that were read.
         dropped_rows: Rows of all splits that were dropped, truncated or duplicates; ``ledger.jsonl`` lists them.
@@ -80,6 +85,7 @@ class TrainResult:
     steps: int
     train_loss: float
     eval_loss: float | None
+    stop_rate: float | None
     tokens_per_second: float
     rows: int
     dropped_rows: int
@@ -139,7 +145,8 @@ def train(
             trainer, seconds = _run(
                 model, arguments, tokenizer, (data.train, data.validation), checkpoint=checkpoint, progress=progress
             )
-            metrics = _metrics(trainer, data, seconds)
+            metrics = _metrics(trainer, data, seconds) | {"stop_rate": _stop_rate(model, config, data, tokenizer)}
+            note_speed(config.model.base, device, metrics["tokens_per_second"])
             trained = Trained(
                 config=config,
                 ref=ref,
@@ -227,6 +234,22 @@ def _run(
     seconds = time.monotonic() - began
     _require_finite_weights(model)
     return trainer, seconds
+
+
+def _stop_rate(
+    model: PeftModel, config: RunConfig, data: TokenisedData, tokenizer: PreTrainedTokenizerBase
+) -> float | None:
+    """Of the adapter that was kept, on the first validation prompts."""
+    rows = config.eval.stop_rate_rows
+    if data.validation is None or not rows:
+        return None
+    return stop_rate(
+        model,
+        data.validation.select(range(min(rows, len(data.validation)))),
+        stop_token_ids=stop_token_ids(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=config.task_spec().max_new_tokens,
+    )
 
 
 def _keep_master_weights_in_fp32(model: PeftModel) -> None:
