@@ -1,0 +1,85 @@
+"""Rendering by literals gives what the template gives, or leaves the conversation to the template."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qlora_kit.data import segments
+from qlora_kit.data.chat import Cut, cut_texts, read_turn_format, render_texts
+from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
+from qlora_kit.errors import DataError
+from qlora_kit.formats import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+STOP = "<|im_end|>"
+
+
+def conversation(*contents: str, system: str | None = None) -> tuple[Message, ...]:
+    turns = tuple(Message(("user", "assistant")[index % 2], text) for index, text in enumerate(contents))
+    return turns if system is None else (Message("system", system), *turns)
+
+
+def by_template(conversations: list[tuple[Message, ...]], tokenizer: PreTrainedTokenizerFast) -> list[Cut]:
+    texts = render_texts(conversations, tokenizer, for_generation=False)
+    return cut_texts(texts, conversations, tokenizer, read_turn_format(tokenizer))
+
+
+def random_conversations(count: int) -> list[tuple[Message, ...]]:
+    source = random.Random(0)
+    alphabet = [" ", "\n", "a", "b ", "é", "{", "}", "</think>", "'", "<", "Qz0Xw0Qz", "[INST]"]
+    return [
+        conversation(
+            *("".join(source.choices(alphabet, k=source.randint(1, 9))) + "z" for _ in range(source.choice([2, 4, 6]))),
+            system=source.choice([None, "Rules.", " Rules "]),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "eos", "by_literals"),
+    [
+        ("qwen", "qwen2_5", STOP, True),
+        ("qwen", "qwen3", STOP, False),  # it takes thoughts out of earlier turns
+        ("llama3", "llama3", "<|eot_id|>", False),  # it strips contents
+    ],
+)
+def test_conversations_are_cut_as_by_the_template(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], family: str, template: str, eos: str, by_literals: bool
+) -> None:
+    tokenizer = make_tokenizer(family, template, eos_token=eos)
+    conversations = random_conversations(600)
+    renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
+    assert renderer.cut(conversations) == by_template(conversations, tokenizer)
+    proven = {roles for roles, found in renderer._segments.items() if found is not None}
+    assert (("user", "assistant") in proven) == by_literals
+
+
+def test_a_template_that_looks_into_contents_is_caught_by_the_spot_check(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No trial can know what this template does; it is seen in the rows."""
+    tokenizer = make_tokenizer("qwen", "qwen2_5", eos_token=STOP)
+    secret = "{% if 'secret' in messages[-1].content %}{{ bos_token or 'X' }}{% endif %}"
+    tokenizer.chat_template = secret + tokenizer.chat_template
+    renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
+    monkeypatch.setattr(segments, "SPOT_CHECK_ROWS", 4)
+    renderer.cut([conversation("q", "plain")] * 4)
+    with pytest.raises(ContentChangesTemplate):
+        renderer.cut([conversation("q", "a secret")] * 4)
+
+
+def test_roles_that_the_template_refuses_are_refused(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
+    tokenizer = make_tokenizer("qwen", "qwen2_5", eos_token=STOP)
+    check = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
+    tokenizer.chat_template = check + tokenizer.chat_template
+    renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
+    assert renderer.cut([conversation("q", "a")]) == by_template([conversation("q", "a")], tokenizer)
+    with pytest.raises(DataError, match="no system turn here"):
+        renderer.cut([conversation("q", "a", system="s")])
