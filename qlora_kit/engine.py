@@ -19,6 +19,7 @@ from qlora_kit.adapters import (
     AdapterStore,
     check_adapter_folder,
     pair_faults,
+    require_shareable,
 )
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.base_files import BaseRef, resolve_base
@@ -120,12 +121,7 @@ class Engine:
                 fix="rename one of the two folders",
             )
         files = check_adapter_folder(folder)
-        if files.base_tensors:
-            raise AdapterError(
-                f"{folder}: the adapter brings tensors of the base itself: {', '.join(files.base_tensors[:3])}",
-                expected="an adapter that leaves the shared base as it is",
-                fix="train it without biases (bias: none)",
-            )
+        require_shareable(files)
         faults = pair_faults(files, self._linear_shapes)
         if faults:
             raise AdapterError.of(faults)

@@ -162,7 +162,7 @@ def _task_names(adapters: Sequence[PlannedAdapter], tasks: Sequence[str] | None)
         raise ConfigError(
             f"nothing says which task {', '.join(unknown)} was trained for (no contract)",
             expected="a task for each adapter",
-            fix="give --task NAME",
+            fix="give --task NAME, or write a contract that names the task: `qlora-kit adapters adopt`",
         )
     return list(dict.fromkeys(adapter.task for adapter in adapters if adapter.task is not None))
 

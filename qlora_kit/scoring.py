@@ -169,7 +169,7 @@ def score_task(
     check_scorable(examples, task, allow_code_execution=allow_code_execution)
     metrics = scored_metrics(task)
     steps = _Steps(progress, len(examples) * (1 + (PASS_AT_1 in metrics) + (PERPLEXITY in metrics)))
-    conversations = [_with_system(example.messages, task.system_prompt) for example in examples]
+    conversations = [with_system(example.messages, task.system_prompt) for example in examples]
     completions = generate(
         model,
         render_prompts([messages[:-1] for messages in conversations], tokenizer),
@@ -189,7 +189,7 @@ def score_task(
         answers.verdicts = run_answers(answers.predictions, [example.extra["tests"] for example in examples], steps.at)
         steps.next_pass(len(examples))
     if PERPLEXITY in metrics:
-        encoded = _encode(examples, conversations, tokenizer)
+        encoded = encode_answers(examples, conversations, tokenizer)
         pad_token_id = _pad_token_id(tokenizer, stop_token_ids)
         answers.tokens = [row.supervised_tokens for row in encoded]
         answers.nll_sums = answer_nlls(
@@ -278,7 +278,8 @@ class _Steps:
         self._before += rows
 
 
-def _with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
+def with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
+    """The conversation behind ``system_prompt``, unless that is empty or the conversation brings its own."""
     if not system_prompt or messages[0].role == "system":
         return tuple(messages)
     return (Message("system", system_prompt), *messages)
@@ -314,9 +315,19 @@ def run_answers(
     return results
 
 
-def _encode(
+def encode_answers(
     examples: Sequence[Example], conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Encoded]:
+    """Token ids of each conversation, its last answer supervised.
+
+    Args:
+        examples: Where the conversations come from, for messages.
+        conversations: One for each example, ending with the answer.
+        tokenizer: The base's.
+
+    Raises:
+        DataError: With every row that cannot be encoded.
+    """
     encoded: list[Encoded] = []
     problems: list[Problem] = []
     for start in range(0, len(examples), BATCH_ROWS):

@@ -379,7 +379,7 @@ def test_an_interruption_ends_with_130_and_a_bug_keeps_its_traceback(
     command: Callable[..., Outcome], run_yaml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def raises(error: BaseException) -> Callable[..., None]:
-        def check(*args: object) -> None:
+        def check(*args: object, **options: object) -> None:
             raise error
 
         return check

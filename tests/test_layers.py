@@ -20,7 +20,7 @@ LAYERS = {
             "errors suggest strict_json atomic safetensors_header assertion_child",
             "tasks formats format_detection metrics config adapters base_keys base_files architecture starter",
             "shard_writer checkpoint data models measured_speed code_execution generation likelihood scoring",
-            "training engine merging data_check",
+            "training engine merging adoption data_check",
             "evaluation_plan evaluation doctor",
             "cli",
         )

@@ -33,6 +33,7 @@ class AdapterCard:
         created: ISO 8601; without contract, when its weights were written.
         path: Its folder.
         metrics: What it scored, empty without contract.
+        origin: ``trained`` or ``adopted``, as its contract says; None without contract.
     """
 
     name: str
@@ -43,6 +44,7 @@ class AdapterCard:
     created: str
     path: Path
     metrics: Mapping[str, Any]
+    origin: str | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def read_details(path: Path) -> AdapterDetails:
         created=written.isoformat(timespec="seconds") if contract is None else contract.created,
         path=path,
         metrics={} if contract is None else contract.metrics,
+        origin=None if contract is None else contract.origin,
     )
     return AdapterDetails(card, contract)
 
@@ -92,5 +95,5 @@ def no_base_given(folder: Path, named: str | None) -> AdapterError:
     return AdapterError(
         f"{folder}: the adapter has no contract, and no base was given",
         expected="--base: the model that the adapter was trained on",
-        fix=f"give --base{hint}",
+        fix=f"give --base{hint}; with it, `qlora-kit adapters adopt` writes a contract, and later commands need none",
     )

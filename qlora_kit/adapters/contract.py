@@ -83,15 +83,17 @@ class AdapterContract:
         generation: Generation defaults by their ``GenerationConfig`` names (``max_new_tokens``, ...).
         task: Its task's name.
         metric_names: The task's metrics.
-        data: The files it was trained on.
+        data: The files it was trained on; of an adopted adapter, those that its loss was measured on.
         config_sha256: Of the resolved run configuration; None for an adopted adapter.
-        versions: Library name to version.
-        metrics: What it scored.
+        versions: Library name to version; of an adopted adapter, of the libraries that measured it, and the PEFT that
+            wrote it as ``peft_of_training``.
+        metrics: What it scored; of an adopted adapter, what was measured.
         created: When, as ISO 8601.
         kit_version: Of qlora_kit.
         name: Its name in a store, if it has one.
         origin: ``trained`` by this kit, or ``adopted``: trained elsewhere, the contract written afterwards.
-        not_measured: Keys of an adopted contract that are its adopter's word, or not known at all.
+        not_measured: Keys of an adopted contract (``quantization.bnb_4bit_quant_type`` for one key inside another) that
+            are its adopter's word, taken by default, or not known at all.
     """
 
     base: BaseIdentity

@@ -129,6 +129,20 @@ def pair_faults(files: AdapterFiles, linear_shapes: Mapping[str, tuple[int, int]
     return faults
 
 
+def require_shareable(files: AdapterFiles) -> None:
+    """Refuse an adapter that loading would write over the base with: other adapters share that base.
+
+    Raises:
+        AdapterError: It brings biases of the base.
+    """
+    if files.base_tensors:
+        raise AdapterError(
+            f"{files.folder}: the adapter brings tensors of the base itself: {', '.join(files.base_tensors[:3])}",
+            expected="an adapter that leaves the shared base as it is",
+            fix="train it without biases (bias: none)",
+        )
+
+
 def require_regular_file(path: Path) -> None:
     """Refuse a path that is missing, a symbolic link, or no regular file.
 

@@ -52,6 +52,7 @@ class LoraSettings:
         lora_alpha: Scale numerator of every pair that ``alpha_pattern`` does not name.
         target_modules: Module names or endings, or one regular expression.
         base_model_name_or_path: As the file says; nothing is looked up there.
+        peft_version: Of the PEFT that wrote the file; None from versions that did not say.
     """
 
     r: int
@@ -68,6 +69,7 @@ class LoraSettings:
     use_rslora: bool
     use_dora: bool
     base_model_name_or_path: str | None
+    peft_version: str | None
 
     def targets(self, module: str) -> bool:
         """Whether ``module`` (``model.layers.0.self_attn.q_proj``) is adapted: PEFT's own rules."""
@@ -145,7 +147,7 @@ def read_lora_settings(path: Path) -> LoraSettings:
 
 def _settings(content: Mapping[str, Any]) -> LoraSettings:
     tokens = content.get("trainable_token_indices") or {}
-    base = content.get("base_model_name_or_path")
+    base, peft_version = content.get("base_model_name_or_path"), content.get("peft_version")
     return LoraSettings(
         r=content["r"],
         lora_alpha=content["lora_alpha"],
@@ -163,6 +165,7 @@ def _settings(content: Mapping[str, Any]) -> LoraSettings:
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
         base_model_name_or_path=base if isinstance(base, str) else None,
+        peft_version=peft_version if isinstance(peft_version, str) else None,
     )
 
 

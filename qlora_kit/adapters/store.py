@@ -6,13 +6,14 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from qlora_kit.adapters.card import AdapterCard, AdapterDetails, own_files, read_details
+from qlora_kit.adapters.contract import AdapterContract
 from qlora_kit.adapters.contract_file import CONTRACT_FILE, read_contract_json, write_contract_json
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter_folder, require_regular_file
 from qlora_kit.atomic import atomic_directory, discard_directory, moved_aside_names, recover_leftovers
@@ -125,36 +126,73 @@ class AdapterStore:
             raise self._unknown(str(name_or_folder))
         return details
 
-    def add(self, run_folder: Path, name: str | None = None, *, replace: bool = False) -> AdapterCard:
+    def add(
+        self,
+        run_folder: Path,
+        name: str | None = None,
+        *,
+        replace: bool = False,
+        contract: AdapterContract | None = None,
+        omit: Collection[str] = (),
+    ) -> AdapterCard:
         """Publish the adapter in ``run_folder``: copy its own files, check the copy, and only then let it appear.
 
         Args:
             run_folder: What training wrote, or any PEFT adapter folder; it stays as it is.
             name: Its name in the store; the folder's name by default.
             replace: Replace the adapter of that name.
+            contract: Takes the place of the folder's own; with it, an adapter of this store may replace itself.
+            omit: Names of files that are not copied.
 
         Raises:
             AdapterError: The adapter does not pass the gate, or the name is not allowed or taken.
             OutputError: The store cannot be written to.
         """
         run_folder = Path(run_folder)
-        if not run_folder.is_dir():
-            raise self._unknown(str(run_folder))
-        name = check_name(run_folder.resolve().name if name is None else name)
+        name = self._name_for(run_folder, name)
         check_adapter_folder(run_folder)
-        target = self.root / name
         with self._locked():
-            self._refuse_collision(name, replace=replace)
-            if target.is_dir() and target.samefile(run_folder):
+            itself = self._holds(run_folder, name)
+            self._refuse_collision(name, replace=replace or (itself and contract is not None))
+            if itself and contract is None:
                 what = f"{run_folder}: is already the adapter {name!r} of this store"
-                raise AdapterError(
-                    what, expected="a folder outside, or another name", fix="give another name with --name"
-                )
-            with atomic_directory(target, overwrite=replace) as temporary:
-                _copy_own_files(run_folder, temporary)
-                _set_contract_name(temporary, name)
+                fix = "give another name with --name"
+                raise AdapterError(what, expected="a folder outside, or another name", fix=fix)
+            with atomic_directory(self.root / name, overwrite=replace or itself) as temporary:
+                _copy_own_files(run_folder, temporary, omit=omit)
+                if contract is None:
+                    _set_contract_name(temporary, name)
+                else:
+                    contract.save(temporary)
                 check_adapter_folder(temporary)  # the copy counts: the source may have changed meanwhile
-            return read_details(target).card
+            return read_details(self.root / name).card
+
+    def require_place(self, folder: Path, name: str | None = None, *, replace: bool = False) -> str:
+        """The name that ``add`` would give ``folder``, checked before long work for it; nothing is held.
+
+        Args:
+            folder: An adapter's folder; one of this store may replace itself.
+            name: Its name in the store; the folder's name by default.
+            replace: Whether another adapter of that name may be replaced.
+
+        Raises:
+            AdapterError: There is no such folder, or the name is not allowed or taken.
+            OutputError: The store cannot be written to.
+        """
+        name = self._name_for(folder, name)
+        with self._locked():
+            self._refuse_collision(name, replace=replace or self._holds(folder, name))
+        return name
+
+    def _holds(self, folder: Path, name: str) -> bool:
+        """Whether ``folder`` is the adapter ``name`` of this store."""
+        target = self.root / name
+        return target.is_dir() and target.samefile(folder)
+
+    def _name_for(self, folder: Path, name: str | None) -> str:
+        if not folder.is_dir():
+            raise self._unknown(str(folder))
+        return check_name(folder.resolve().name if name is None else name)
 
     def rename(self, old: str, new: str) -> AdapterCard:
         """Give the adapter ``old`` the name ``new``, in its contract too.
@@ -232,7 +270,9 @@ class AdapterStore:
     def _refuse_collision(self, name: str, *, replace: bool, besides: str | None = None) -> None:
         for other in self._entries():
             if other == name and not replace:
-                fix = "give another name, delete that adapter first, or (with `adapters add`) replace it by --replace"
+                fix = (
+                    "give another name, delete that adapter first, or (with `adapters add` and `adopt`) give --replace"
+                )
                 raise AdapterError(f"{self.root / name}: the name is taken", expected="a new name", fix=fix)
             if other != name and other != besides and other.casefold() == name.casefold():
                 what = f"{name!r} differs from the adapter {other!r} only in upper and lower case"
@@ -274,8 +314,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_ctime_ns
 
 
-def _copy_own_files(source: Path, target: Path) -> None:
+def _copy_own_files(source: Path, target: Path, *, omit: Collection[str]) -> None:
     for name in own_files(source):
+        if name in omit:
+            continue
         require_regular_file(source / name)
         too_large = name != WEIGHTS_FILE and (source / name).stat().st_size > MAX_TEXT_BYTES
         if too_large:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_kit.adapters.contract_file import ADOPTED
 from qlora_kit.adapters.store import DEFAULT_STORE
+from qlora_kit.cli.adapter_card import card_json, card_rows
 from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
 
 if TYPE_CHECKING:
     from qlora_kit.adapters import AdapterCard, AdapterStore
 
-app = typer.Typer(help="List, show, add, rename and delete the adapters of a store.", no_args_is_help=True)
+app = typer.Typer(help="List, show, add, adopt, rename and delete the adapters of a store.", no_args_is_help=True)
 StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder.")]
 
 
@@ -23,7 +26,7 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
     """List the store's adapters."""
     listing = _store(store).scan()
     if json:
-        print_json({"adapters": [_card_json(card) for card in listing.cards]})
+        print_json({"adapters": [card_json(card) for card in listing.cards]})
     else:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
@@ -37,6 +40,7 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
             texts = (card.name, card.task or "", card.base_model or "", str(card.r), in_units(card.bytes), day)
             table.add_row(*map(Text, texts))
         stdout_console().print(table)
+        _tell_origins(listing.cards)
     for problem in listing.problems:
         say(f"left out: {problem}")
 
@@ -50,23 +54,19 @@ def show_adapter(
 ) -> None:
     """Show one adapter's contract."""
     details = _store(store).show(adapter)
-    contract = {} if details.contract is None else asdict(details.contract)
-    content = {**_card_json(details.card), "contract": contract or None}
     if json:
-        print_json(content)
+        contract = None if details.contract is None else asdict(details.contract)
+        print_json({**card_json(details.card), "contract": contract})
         return
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(details.card.name, "table.title"), show_header=False)
-    for name, value in _card_json(details.card).items():
-        table.add_row(name, Text(str(value)))
-    contract.get("quantization", {}).pop("nf4_codes", None)
-    for name in ("quantization", "system_prompt", "stop_token_ids", "generation", "data", "metrics", "versions"):
-        if name in contract:
-            table.add_row(name, Text(_in_lines(contract[name])))
-    if details.contract is None:
-        table.add_row("contract", "none: trained elsewhere; its base cannot be checked")
+    table = Table(title=Text(details.card.name, "table.title"), box=SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, text in card_rows(details).items():
+        table.add_row(label, Text(text))
     stdout_console().print(table)
 
 
@@ -80,7 +80,10 @@ def add_adapter(
     json: JsonOption = False,
 ) -> None:
     """Publish a run's adapter into the store."""
-    _tell(_store(store).add(run, name, replace=replace), f"added to {store}", json=json)
+    card = _store(store).add(run, name, replace=replace)
+    if card.origin is None:
+        say(f"{card.name}: no contract, so every command needs --base; `qlora-kit adapters adopt` writes one")
+    _tell(card, f"added to {store}", json=json)
 
 
 @app.command("rename")
@@ -99,6 +102,17 @@ def delete_adapter(name: str, *, store: StoreOption = DEFAULT_STORE, json: JsonO
         stdout_console().print(f"{name}: deleted from {store}", markup=False)
 
 
+def _tell_origins(cards: Sequence[AdapterCard]) -> None:
+    """Which adapters were not trained by this kit."""
+    adopted = [card.name for card in cards if card.origin == ADOPTED]
+    without = [card.name for card in cards if card.origin is None]
+    if adopted:
+        stdout_console().print(f"adopted, trained elsewhere: {', '.join(adopted)}", markup=False)
+    if without:
+        hint = "(`qlora-kit adapters adopt` writes one)"
+        stdout_console().print(f"without contract: {', '.join(without)} {hint}", markup=False)
+
+
 def _store(folder: Path) -> AdapterStore:
     from qlora_kit.adapters import AdapterStore
 
@@ -107,19 +121,6 @@ def _store(folder: Path) -> AdapterStore:
 
 def _tell(card: AdapterCard, what: str, *, json: bool) -> None:
     if json:
-        print_json(_card_json(card))
+        print_json(card_json(card))
     else:
         stdout_console().print(f"{card.name}: {what}", markup=False)
-
-
-def _card_json(card: AdapterCard) -> dict[str, Any]:
-    names = ("name", "task", "base_model", "r", "bytes", "created")
-    return {name: vars(card)[name] for name in names}
-
-
-def _in_lines(value: Any) -> str:
-    if isinstance(value, dict):
-        return "\n".join(f"{name}: {item}" for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return "\n".join(str(item) for item in value)
-    return str(value)

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_kit.cli import adapters, data, doctor, evaluation, generation, info, init, merging, training
+from qlora_kit.cli import adapters, adoption, data, doctor, evaluation, generation, info, init, merging, training
 from qlora_kit.errors import QloraKitError
 
 
@@ -43,6 +43,7 @@ app.command(name="train")(training.train)
 app.command(name="eval")(evaluation.evaluate)
 app.command(name="generate")(generation.generate)
 app.command(name="merge")(merging.merge)
+adapters.app.command(name="adopt")(adoption.adopt_adapter)
 app.add_typer(adapters.app, name="adapters")
 
 

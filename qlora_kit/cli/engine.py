@@ -61,5 +61,6 @@ def _checked_contracts(base: str | None, adapters: Sequence[str], store: Path) -
             raise no_base_given(folder, details.card.base_model)
         without.append(details.card.name)
     if without:
-        say(f"{', '.join(without)}: no contract, so base, chat template and stop tokens cannot be checked")
+        unchecked = "no contract, so base, chat template and stop tokens cannot be checked"
+        say(f"{', '.join(without)}: {unchecked}; `qlora-kit adapters adopt` writes one from what can be measured")
     return contracts

@@ -11,10 +11,11 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import SpooledTemporaryFile
 from typing import Any, Literal
 
+from qlora_kit.adapters import DataFile
 from qlora_kit.errors import DataError, Fault, QloraKitError
 
 Action = Literal["dropped", "truncated", "duplicate", "leaked"]
@@ -183,6 +184,11 @@ class Ledger:
             problems=self.problems,
             notes=(*self.notes, *([unkept] if self._problems_not_kept else [])),
         )
+
+    def data_files(self, *splits: str) -> tuple[DataFile, ...]:
+        """What was read for ``splits``, as a contract records it."""
+        files = sorted((file for file in self.files if file.split in splits), key=lambda file: (file.split, file.name))
+        return tuple(DataFile(file.split, PurePath(file.name).name, file.sha256, file.rows) for file in files)
 
     def total_tokens(self, split: str) -> int:
         """Tokens of a split, prompts and answers."""

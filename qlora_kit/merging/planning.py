@@ -171,7 +171,7 @@ def _choose_onto(
             raise AdapterError(
                 f"{files.folder}: the adapter has no contract, so what base it was trained on is not known",
                 expected="--onto dequantized (trained on 4-bit weights) or --onto original (trained on 16-bit weights)",
-                fix="give --onto as the adapter was trained",
+                fix="give --onto as the adapter was trained, or write its contract: `qlora-kit adapters adopt`",
             )
         return onto, QuantizationSection(load_in_4bit=onto == "dequantized")
     quantization = trained_quantization(files.folder / CONTRACT_FILE, contract.quantization)

@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapters import AdapterContract, BaseIdentity, DataFile, base_fingerprint
+from qlora_kit.adapters import AdapterContract, BaseIdentity, base_fingerprint
 from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
@@ -78,20 +78,13 @@ def make_contract(trained: Trained) -> AdapterContract:
         generation={"max_new_tokens": task.max_new_tokens, "do_sample": False},
         task=config.task,
         metric_names=task.metrics,
-        data=_data_files(trained),
+        data=trained.ledger.data_files("train", "validation"),
         config_sha256=config.sha256(),
         versions={name: version(name) for name in RECORDED_LIBRARIES},
         metrics=trained.metrics,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         kit_version=version("qlora-kit"),
         name=config.name,
-    )
-
-
-def _data_files(trained: Trained) -> tuple[DataFile, ...]:
-    files = sorted(trained.ledger.files, key=lambda file: (file.split, file.name))
-    return tuple(
-        DataFile(file.split, PurePath(file.name).name, file.sha256, file.rows) for file in files if file.split != "test"
     )
 
 
