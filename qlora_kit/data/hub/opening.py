@@ -25,17 +25,61 @@ class Opened:
 
 
 def open_source(source: HubSource, revision: str | None) -> Opened:
-    """Finds the data set, on the Hub first."""
+    """Finds a data set: on the Hub, or in the local cache where the Hub is not to be asked or does not answer.
+
+    Raises:
+        HubFault: What is wrong with the source, or where it is missing.
+    """
     from huggingface_hub import is_offline_mode
     from huggingface_hub.utils import httpx
 
     check_source(source)
-    if not is_offline_mode():
-        try:
-            return _open_builder(source, revision)
-        except (ConnectionError, httpx.RequestError) as error:
-            return _open_cached(source, revision, why=f"cannot be reached ({short_message(error)})")
-    return _open_cached(source, revision, why="was not asked (HF_HUB_OFFLINE)")
+    if is_offline_mode():
+        return _open_offline(source, revision)
+    try:
+        return _open_builder(source, revision)
+    except (ConnectionError, httpx.RequestError) as error:
+        opened = _open_snapshot(source, _find_snapshot(source, revision))
+        if opened is None:
+            raise _out_of_reach(source, revision, f"cannot be reached ({short_message(error)})") from error
+        return opened
+
+
+def _open_offline(source: HubSource, revision: str | None) -> Opened:
+    """The files that were downloaded before, else the rows that `datasets` cached before."""
+    snapshot = _find_snapshot(source, revision)
+    opened = _open_snapshot(source, snapshot)
+    if opened is not None:
+        return opened
+    commit = revision if snapshot is None or revision is None else snapshot.name
+    try:
+        return _open_builder(source, commit)
+    except ConnectionError as error:
+        raise _out_of_reach(source, revision, "was not asked (HF_HUB_OFFLINE)") from error
+
+
+def _find_snapshot(source: HubSource, revision: str | None) -> Path | None:
+    """The folder of the files that were downloaded before; it has the commit's name."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source.id, repo_type="dataset", revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _open_snapshot(source: HubSource, folder: Path | None) -> Opened | None:
+    """The data set in a folder of downloaded files; None without one, or where it lacks files that are needed."""
+    if folder is None:
+        return None
+    path = folder.resolve()
+    try:
+        builder = _load_builder(source, str(path), None)
+    except FileNotFoundError:
+        return None
+    _check_data_files(builder, f"{path}/")
+    return Opened(builder, path.name, cached=True)
 
 
 def _open_builder(source: HubSource, revision: str | None) -> Opened:
@@ -59,36 +103,6 @@ def _open_builder(source: HubSource, revision: str | None) -> Opened:
     if not cached:
         _check_data_files(builder, f"hf://datasets/{source.id}@{commit}/")
     return Opened(builder, commit, cached)
-
-
-def _open_cached(source: HubSource, revision: str | None, *, why: str) -> Opened:
-    """The files that were downloaded before, else the rows that `datasets` cached before."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(source.id, repo_type="dataset", revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        folder = None
-    if folder is not None:
-        path = Path(folder).resolve()
-        revision = path.name if revision is not None else None
-        try:
-            builder = _load_builder(source, str(path), None)
-        except FileNotFoundError:
-            pass  # only a part of the files was downloaded
-        else:
-            _check_data_files(builder, f"{path}/")
-            return Opened(builder, path.name, cached=True)
-    try:
-        return _open_builder(source, revision)
-    except ConnectionError as error:
-        wanted = f" --revision {revision}" if revision is not None else ""
-        raise HubFault(
-            f"the Hub {why}, and the data set is not in the cache",
-            expected="a network connection, or a data set that was downloaded before",
-            fix=f"run `hf download {source.id} --repo-type dataset{wanted}` where there is a network",
-        ) from error
 
 
 def _load_builder(source: HubSource, path: str, revision: str | None) -> Any:
@@ -159,6 +173,15 @@ def _wrong_subset(source: HubSource, error: ValueError) -> HubFault:
     )
 
 
+def _out_of_reach(source: HubSource, revision: str | None, why: str) -> HubFault:
+    wanted = "" if revision is None else f" --revision {revision}"
+    return HubFault(
+        f"the Hub {why}, and the data set is not in the cache",
+        expected="a network connection, or a data set that was downloaded before",
+        fix=f"run `hf download {source.id} --repo-type dataset{wanted}` where there is a network",
+    )
+
+
 def _not_found(source: HubSource, message: str) -> HubFault:
     if "gated dataset" in message:
         return HubFault(
@@ -168,7 +191,7 @@ def _not_found(source: HubSource, message: str) -> HubFault:
         )
     if message.startswith("Revision"):
         expected = "a branch, tag or commit of the data set"
-        return HubFault(f"{source.id} has no revision {source.revision!r}", expected=expected, fix="correct revision")
+        return HubFault(f"{source.id} has no revision {source.revision!r}", expected=expected, fix="correct it")
     return HubFault(
         f"the Hub has no data set {source.id}, or none that you may read",
         expected="a public id, or a token that may read it",

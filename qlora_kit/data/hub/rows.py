@@ -112,13 +112,17 @@ def _split_of(source: HubSource, builder: Any) -> Any:
     except ImportError as error:
         raise missing_library(error) from error
     except (DatasetsError, OSError) as error:
-        cause = error.__cause__ or error
-        raise HubFault(
-            f"its files cannot be read: {short_message(cause)}",
-            expected="data files of one shape, a steady connection, and room in the cache (HF_HOME)",
-            fix="try again, choose another revision, or set streaming: true",
-        ) from error
+        raise _unreadable(error.__cause__ or error) from error
     return dataset if source.rows is None else dataset.select(range(min(source.rows, len(dataset))))
+
+
+def _unreadable(error: BaseException) -> HubFault:
+    reason = f"its files cannot be read: {short_message(error)}"
+    if isinstance(error, OSError):
+        expected = "a steady connection, and room in the cache (HF_HOME)"
+        return HubFault(reason, expected=expected, fix="try again, or set streaming: true")
+    fix = "choose another revision, or download the files and name them as data files"
+    return HubFault(reason, expected="data files of one shape", fix=fix)
 
 
 def _check_split(source: HubSource, builder: Any) -> None:
