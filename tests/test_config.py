@@ -296,3 +296,39 @@ def test_import_and_load_leave_torch_out() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ("{train: {hub: org/name, splt: x}}", "run.yaml:3: data.train.0.splt is an unknown key"),
+        ("{train: [a.csv, {hub: ../x}]}", "data.train.1.hub is '../x'"),
+        ("{train: {split: x}}", "data.train.0.hub is missing"),
+        ("{train: {hub: a/b, rows: 0}}", "data.train.0.rows is 0"),
+        ("{train: [3]}", "data.train is [3]"),
+        ("{train: x, weight: 0}", "data.weight is 0"),
+        ("{train: x, near_duplicates: 1.0}", "data.near_duplicates is 1.0"),
+        ("{train: x, mix: [{train: y}]}", "data.mix.0.task is missing"),
+        ("{train: x, mix: [{task: translation}]}", "data.mix.0.train is missing"),
+        ("{train: x, mix: [{task: translation, train: y, weigt: 2}]}", "data.mix.0.weigt is an unknown key"),
+        ("{train: x, mix: [{task: translatoin, train: y}]}", "data.mix.0.task is the new task 'translatoin'"),
+        ("{train: x, mix: 3}", "data.mix is 3"),
+    ],
+)
+def test_wrong_sources_and_parts(tmp_path: Path, data: str, what: str) -> None:
+    (fault,) = faults_of(tmp_path, f"name: a\ntask: sentiment\ndata: {data}\n")
+    assert what in fault
+    assert "<" not in fault.split("expected:")[0]
+
+
+def test_parts_have_their_own_words(tmp_path: Path) -> None:
+    text = (
+        "name: a\ntask: sentiment\ndata:\n  train: [x.csv, {hub: org/name, split: test}]\n  mix:\n"
+        "    - {task: translation, train: y.csv, system_prompt: Übersetze., weight: 0.5}\n"
+    )
+    config = load_config(write(tmp_path, text))
+    own, mixed = config.parts()
+    assert (own.task.name, mixed.task.name) == ("sentiment", "translation")
+    assert (mixed.task.system_prompt, mixed.section.weight) == ("Übersetze.", 0.5)
+    assert [getattr(source, "hub", source) for source in config.sources("train")] == ["x.csv", "org/name", "y.csv"]
+    assert load_config(write(tmp_path, config.to_yaml())) == config

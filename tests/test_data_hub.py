@@ -255,3 +255,28 @@ def test_name_and_hash_say_what_is_read() -> None:
     ]
     assert len({one.sha256, *(other.sha256 for other in others)}) == 6
     assert ResolvedHubSource(HubSource("org/name", streaming=True, revision="main"), COMMIT).sha256 == one.sha256
+
+
+def test_a_config_trains_on_the_hub_at_one_commit(
+    cache: Path, tmp_path: Path, chatml_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kit.config import load_config
+    from qlora_kit.data.token_cache import TokenCache
+    from qlora_kit.data.tokenised_data import tokenised_data
+
+    put_snapshot(cache, "org/chats", {"train.jsonl": jsonl(PLAIN)})
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(
+        "name: t\ntask: translation\ndata:\n  train:\n    - {hub: org/chats, rows: 3}\n", encoding="utf-8"
+    )
+    data = tokenised_data(load_config("run.yaml"), chatml_tokenizer, cache=TokenCache(tmp_path / "tokens"))
+    data.require_usable()
+    assert data.train is not None
+    assert len(data.train) == 3
+    (file,) = data.ledger.data_files("train")
+    source = HubSource("org/chats", rows=3)
+    assert (file.sha256, file.rows) == (ResolvedHubSource(source, OTHER_COMMIT).sha256, 3)
+    assert any(OTHER_COMMIT in note for note in data.report.notes)
+    unknown = load_config("run.yaml", ["data.train=[{hub: org/unknown}]"])
+    (problem,) = tokenised_data(unknown, chatml_tokenizer, cache=TokenCache(tmp_path / "tokens")).stopping
+    assert problem.file == "hub:org/unknown/train"

@@ -224,3 +224,38 @@ def test_ledger_counts_splits_apart():
     assert ledger.report("train").kept == 3
     assert ledger.report("test").kept == 1
     assert ledger.report().kept == 4
+
+
+STORY = (
+    "The old fisherman mended his net on the quiet pier while the gulls circled above the grey water and the wind "
+    "carried the smell of salt across the empty market square every single morning of that long winter"
+)
+
+
+def test_near_duplicates_are_found_on_request_in_a_split_and_across_splits():
+    write_rows("train.jsonl", [pair(STORY), pair(STORY.replace("quiet", "calm")), pair("Another text altogether.")])
+    write_rows("validation.jsonl", [pair(STORY.replace("winter", "summer"))])
+    assert len(prepare(config()).train) == 3
+    files = ("data.validation=validation.jsonl", "data.near_duplicates=0.6")
+    prepared = examine(config(*files))
+    assert [example.source for example in prepared.train] == ["train.jsonl:1", "train.jsonl:3"]
+    leak, double = prepared.ledger.entries
+    assert (leak.action, leak.line) == ("leaked", 1)
+    assert "validation.jsonl:1" in leak.reason
+    assert (double.action, double.line) == ("duplicate", 2)
+    assert "near duplicate of train.jsonl:1" in double.reason
+    assert [problem.line for problem in prepared.stopping] == [1]
+    assert examine(config(*files, "data.allow_leakage=true")).stopping == ()
+
+
+def test_the_format_is_detected_where_the_first_thousand_rows_are_faulty():
+    write_rows("train.jsonl", ["{broken"] * 1200 + [pair("a"), pair("b")])
+    prepared = prepare(config("data.on_error=drop"))
+    assert [example.source for example in prepared.train] == ["train.jsonl:1201", "train.jsonl:1202"]
+    assert prepared.report.dropped == 1200
+
+
+def test_formats_mixed_behind_the_first_thousand_rows_are_refused():
+    write_rows("train.jsonl", [pair(str(n)) for n in range(1500)] + [{"instruction": "a", "output": "b"}])
+    stopping = examine(config("data.on_error=drop")).stopping
+    assert any("mixed formats" in problem.reason for problem in stopping)

@@ -11,8 +11,9 @@ from itertools import chain, islice
 from qlora_kit.config import DataPart, RunConfig
 from qlora_kit.data.duplicates import DigestSet, conversation_digest
 from qlora_kit.data.ledger import DataReport, Ledger, Problem, ReadFile, data_error, locate
+from qlora_kit.data.near_duplicates import NearDuplicates
 from qlora_kit.data.reading import MAX_ROW_BYTES, Item, Note, Row
-from qlora_kit.data.sources import DataSource, find_sources
+from qlora_kit.data.sources import DataSource, Sources
 from qlora_kit.format_detection import detect_format, extra_columns
 from qlora_kit.formats import DataFault, Example, to_example
 
@@ -83,6 +84,7 @@ READING_ORDER = ("test", "validation", "train")  # train comes last: its rows ar
 @dataclass
 class _Split:
     name: str
+    near: NearDuplicates | None
     digests: DigestSet = field(default_factory=DigestSet)
     formats: dict[str, str] = field(default_factory=dict)  # of one part: format -> the first source that is in it
     kept: int = 0
@@ -94,13 +96,23 @@ class Examination:
     Args:
         config: Names the files, the tasks, and what to do with faulty rows.
         control_tokens: Strings that no text may hold, since a tokenizer would make control tokens of them.
+        sources: What the config's entries name; None to look it up.
+
+    Raises:
+        ConfigError: Near duplicates are asked for, and the library that finds them is not installed.
     """
 
-    def __init__(self, config: RunConfig, control_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, config: RunConfig, control_tokens: Sequence[str] = (), *, sources: Sources | None = None
+    ) -> None:
         self.config = config
+        self._sources = Sources(config) if sources is None else sources
         self.ledger = Ledger()
         self._control = re.compile("|".join(map(re.escape, control_tokens))) if control_tokens else None
-        self._splits: dict[str, _Split] = {}
+        threshold = config.data.near_duplicates
+        self._splits = {
+            name: _Split(name, None if threshold is None else NearDuplicates(threshold)) for name in READING_ORDER
+        }
 
     def read(self, name: str) -> Iterator[Example]:
         """The checked rows of a split, of all parts."""
@@ -108,12 +120,12 @@ class Examination:
 
     def read_part(self, name: str, part: DataPart) -> Iterator[Example]:
         """The checked rows of one part of a split, as they are read; faults and all other rows go to the ledger."""
-        split = self._splits.setdefault(name, _Split(name))
+        split = self._splits[name]
         split.formats = {}
         kept_before, rows_before = split.kept, self.ledger.rows[name]
         stopped = False
         for entry in part.section.of(name):
-            sources = find_sources(self.config, entry)
+            sources = self._sources.of(entry)
             if isinstance(sources, Problem):
                 self.ledger.refuse(name, sources)
                 stopped = True
@@ -209,17 +221,29 @@ class Examination:
         if not split.digests.add(digest):
             self.ledger.record(split.name, row.source, "duplicate", "exact duplicate of an earlier row")
             return None
+        text = "" if split.near is None else _varying_text(example)
+        near = None if split.near is None else split.near.add(text, row.source)
+        if near is not None:
+            reason = f"near duplicate of {near[0]} (similarity about {near[1]:.2f})"
+            self.ledger.record(split.name, row.source, "duplicate", reason)
+            return None
         if split.name == "train":
-            found_in = [other.name for other in self._held_out() if digest in other.digests]
-            if found_in:
-                self._note_leak(split, row, " and ".join(found_in))
+            self._look_for_leak(split, row, digest, text)
         return example
 
-    def _held_out(self) -> list[_Split]:
-        return [self._splits[name] for name in ("validation", "test") if name in self._splits]
+    def _look_for_leak(self, split: _Split, row: Row, digest: bytes, text: str) -> None:
+        held_out = [self._splits[name] for name in ("validation", "test")]
+        found_in = [other.name for other in held_out if digest in other.digests]
+        if found_in:
+            self._note_leak(split, row, f"the same row is in {' and '.join(found_in)}")
+            return
+        for other in held_out:
+            near = None if other.near is None else other.near.find(text)
+            if near is not None:
+                self._note_leak(split, row, f"nearly the same row (similarity about {near[1]:.2f}) is {near[0]}")
+                return
 
-    def _note_leak(self, split: _Split, row: Row, found_in: str) -> None:
-        reason = f"the same row is in {found_in}"
+    def _note_leak(self, split: _Split, row: Row, reason: str) -> None:
         self.ledger.record(split.name, row.source, "leaked", reason)
         if not self.config.data.allow_leakage:
             fix = "remove it from one of the two, or set data.allow_leakage=true"
@@ -247,6 +271,11 @@ class Examination:
             raise DataFault(
                 f"the row is longer than {limit}", expected=f"at most {limit}", fix="split or shorten the row"
             )
+
+
+def _varying_text(example: Example) -> str:
+    """What tells rows apart: every turn but the system's, which all rows of a task share."""
+    return "\n".join(message.content for message in example.messages if message.role != "system")
 
 
 def _first_lines(items: Iterator[Item] | list[Item]) -> dict[frozenset[str], int]:

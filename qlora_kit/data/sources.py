@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.config import HubDataset, RunConfig, Source
-from qlora_kit.data.hub import HubSource, read_hub_rows, resolve
+from qlora_kit.data.hub import HubSource, ResolvedHubSource, read_hub_rows, resolve
 from qlora_kit.data.ledger import Problem
 from qlora_kit.data.reading import Item, display_name, find_files, no_match, read_rows
+from qlora_kit.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class DataSource:
 
     Attributes:
         name: As the user would name it.
-        origin: The file, or the data set.
+        origin: The file, or the data set at one commit.
     """
 
     name: str
-    origin: Path | HubSource
+    origin: Path | ResolvedHubSource
 
     def read(self) -> Iterator[Item]:
         """Its rows, faults and notes; every call starts anew."""
@@ -34,30 +35,51 @@ class DataSource:
         """Hash of the file's bytes, or of what identifies the data set (its id, commit, subset, split and rows).
 
         Raises:
-            DataError: The data set cannot be found.
             OSError: The file cannot be read.
         """
-        if isinstance(self.origin, HubSource):
-            return resolve(self.origin).sha256
+        if isinstance(self.origin, ResolvedHubSource):
+            return self.origin.sha256
         with self.origin.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_sources(config: RunConfig, entry: Source) -> list[DataSource] | Problem:
-    """The sources that one entry of the config names; a pattern that matches nothing is a problem."""
-    if isinstance(entry, HubDataset):
-        hub = HubSource(
-            id=entry.hub,
-            split=entry.split,
-            revision=entry.revision,
-            subset=entry.subset,
-            rows=entry.rows,
-            streaming=entry.streaming,
-        )
-        return [DataSource(hub.name, hub)]
-    path = locate_file(config, entry)
-    files = find_files(path)
-    return [DataSource(display_name(file), file) for file in files] if files else no_match(path)
+class Sources:
+    """What the entries of a config name; the Hub is asked once for each, so that all who ask get one commit.
+
+    Args:
+        config: Says from which folder paths are looked for.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._asked: dict[HubSource, ResolvedHubSource | Problem] = {}
+
+    def of(self, entry: Source) -> list[DataSource] | Problem:
+        """The sources that one entry names; a pattern that matches nothing, or an unknown data set, is a problem."""
+        if isinstance(entry, HubDataset):
+            hub = HubSource(
+                id=entry.hub,
+                split=entry.split,
+                revision=entry.revision,
+                subset=entry.subset,
+                rows=entry.rows,
+                streaming=entry.streaming,
+            )
+            if hub not in self._asked:
+                self._asked[hub] = _resolved(hub)
+            found = self._asked[hub]
+            return found if isinstance(found, Problem) else [DataSource(hub.name, found)]
+        path = locate_file(self._config, entry)
+        files = find_files(path)
+        return [DataSource(display_name(file), file) for file in files] if files else no_match(path)
+
+
+def _resolved(hub: HubSource) -> ResolvedHubSource | Problem:
+    try:
+        return resolve(hub)
+    except DataError as error:
+        fault = error.faults[0]
+        return Problem(hub.name, None, fault.what.removeprefix(f"{hub.name}: "), fault.expected, fault.fix, stops=True)
 
 
 def locate_file(config: RunConfig, named: str) -> Path:

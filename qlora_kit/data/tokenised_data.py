@@ -17,11 +17,10 @@ from qlora_kit.config import DataPart, RunConfig
 from qlora_kit.data.chat import control_tokens
 from qlora_kit.data.ledger import SPLITS, DataReport, Ledger, Problem, data_error
 from qlora_kit.data.preparing import READING_ORDER, Examination, tell_notes
-from qlora_kit.data.sources import find_sources
+from qlora_kit.data.sources import Sources
 from qlora_kit.data.token_cache import TokenCache, token_folder, token_key
 from qlora_kit.data.token_file import TokenWriter, open_tokens
 from qlora_kit.data.tokenising import TokenRules, tokenise
-from qlora_kit.errors import QloraKitError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -103,7 +102,8 @@ def tokenised_data(
         BaseModelError: The tokenizer has no usable chat template, or what it encodes does not decode to the answer.
     """
     cache = TokenCache() if cache is None else cache
-    data = _hashes(config)
+    sources = Sources(config)
+    data = _hashes(config, sources)
     key = None if data is None else token_key(config, tokenizer, data)
     if key is not None:
         kept = _from_cache(config, cache, key)
@@ -111,13 +111,13 @@ def tokenised_data(
             return kept
     if key is None:  # what cannot be read now cannot be kept either: this pass tells why
         temporary = TemporaryDirectory(prefix="qlora-kit-tokens-")
-        return _made(config, tokenizer, Path(temporary.name), keeper=temporary)
+        return _made(config, tokenizer, Path(temporary.name), sources=sources, keeper=temporary)
     try:
         with token_folder(cache, key) as (folder, temporary_folder):
-            made = _made(config, tokenizer, folder, keeper=temporary_folder)
+            made = _made(config, tokenizer, folder, sources=sources, keeper=temporary_folder)
             if made.stopping:
                 raise _NotKept(made)
-            if data != _hashes(config):
+            if data != _hashes(config, sources):
                 raise _NotKept(_changed_while_read(made))
     except _NotKept as refused:
         return refused.data
@@ -134,18 +134,18 @@ class _NotKept(Exception):
         self.data = data
 
 
-def _hashes(config: RunConfig) -> dict[str, Any] | None:
+def _hashes(config: RunConfig, sources: Sources) -> dict[str, Any] | None:
     """Split -> the hash of each source; None where a source cannot be read, which reading it will tell."""
     found: dict[str, Any] = {}
     try:
         for split in SPLITS:
             found[split] = []
             for entry in config.sources(split):
-                sources = find_sources(config, entry)
-                if isinstance(sources, Problem):
+                named = sources.of(entry)
+                if isinstance(named, Problem):
                     return None
-                found[split] += [[source.name, source.sha256()] for source in sources]
-    except (OSError, QloraKitError):
+                found[split] += [[source.name, source.sha256()] for source in named]
+    except OSError:
         return None
     return found
 
@@ -155,11 +155,12 @@ def _made(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    sources: Sources,
     keeper: TemporaryDirectory[str] | None,
 ) -> TokenisedData:
     """One pass over all rows, writing what is kept into ``folder``."""
     rules = TokenRules.of(config)
-    examination = Examination(config, control_tokens(tokenizer))
+    examination = Examination(config, control_tokens(tokenizer), sources=sources)
     ledger = examination.ledger
     counts: dict[str, list[int]] = {}
     for split in READING_ORDER:

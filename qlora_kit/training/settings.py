@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qlora_kit.config import PartSection, RunConfig, Source
 from qlora_kit.data.ledger import SPLITS, Problem
-from qlora_kit.data.sources import find_sources, locate_file
+from qlora_kit.data.sources import Sources, locate_file
 from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.strict_json import read_json_object
 
@@ -79,11 +79,12 @@ def _settings(config: RunConfig) -> dict[str, object]:
         else:
             flat[section] = value
     flat["data.mix"] = [part.model_dump(mode="json", exclude=set(SPLITS)) for part in config.data.mix]
+    sources = Sources(config)
     for split in SPLITS:
         flat[f"data.{split}"] = [
             source.sha256()
             for entry in config.sources(split)
-            if not isinstance(sources := find_sources(config, entry), Problem)
-            for source in sources
+            if not isinstance(named := sources.of(entry), Problem)
+            for source in named
         ]
     return flat
