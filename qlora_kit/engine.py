@@ -13,14 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.adapters import (
-    CONTRACT_FILE,
-    AdapterContract,
-    AdapterStore,
-    check_adapter_folder,
-    pair_faults,
-    require_shareable,
-)
+from qlora_kit.adapter_loading import attach_adapter, base_modules, require_fit
+from qlora_kit.adapters import AdapterContract, AdapterFiles, AdapterStore, read_adapter
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.base_files import BaseRef, resolve_base
 from qlora_kit.config import QuantizationSection
@@ -28,7 +22,7 @@ from qlora_kit.data.chat import render_prompts, stop_token_ids
 from qlora_kit.errors import AdapterError
 from qlora_kit.formats import Message
 from qlora_kit.generation import FinishReason, Sampling, generate
-from qlora_kit.models import base_facts, linear_shapes, load_base_model, load_tokenizer, quantization_facts
+from qlora_kit.models import base_facts, load_base_model, load_tokenizer, quantization_facts
 
 if TYPE_CHECKING:
     import torch
@@ -85,11 +79,12 @@ class Engine:
         self.stop_token_ids = stop_token_ids(self.tokenizer)
         self.store = AdapterStore(store)
         self.model: PreTrainedModel = load_base_model(self.ref, self.quantization, device=device)
-        self._linear_shapes = linear_shapes(self.model)
+        self._base = base_modules(self.model)
         self._facts = base_facts(self.ref, self.tokenizer, quantization_facts(self.quantization, self.model))
         self._peft: PeftModel | None = None
         # PEFT's own name of each adapter: some names (train, keys, lora) clash with attributes of its modules.
         self._slots: dict[str, str] = {}
+        self._attempts = 0
         self._folders: dict[str, Path] = {}
         self._contracts: dict[str, AdapterContract | None] = {}
 
@@ -120,29 +115,20 @@ class Engine:
                 expected="one name for each loaded adapter",
                 fix="rename one of the two folders",
             )
-        files = check_adapter_folder(folder)
-        require_shareable(files)
-        faults = pair_faults(files, self._linear_shapes)
-        if faults:
-            raise AdapterError.of(faults)
-        contract = AdapterContract.load(folder) if (folder / CONTRACT_FILE).exists() else None
-        if contract is not None:
-            contract.require_match(self._facts)
-        slot = f"slot-{len(self._slots)}"
-        self._attach(folder, slot)
+        adapter = read_adapter(lambda: self.store.get(name_or_folder), self._require_fit)
+        # A name that failed is not used again: PEFT may keep some of its settings.
+        slot = f"slot-{self._attempts}"
+        self._attempts += 1
+        self._peft = attach_adapter(self.model, self._peft, adapter, slot=slot)
         self._slots[name] = slot
         self._folders[name] = folder.resolve()
-        self._contracts[name] = contract
+        self._contracts[name] = adapter.contract
         return name
 
-    def _attach(self, folder: Path, slot: str) -> None:
-        from peft import PeftModel
-
-        if self._peft is None:
-            self._peft = PeftModel.from_pretrained(self.model, folder, adapter_name=slot, is_trainable=False)
-        else:
-            self._peft.load_adapter(folder, adapter_name=slot, is_trainable=False)
-        self._peft.eval()
+    def _require_fit(self, files: AdapterFiles, contract: AdapterContract | None) -> None:
+        require_fit(files, self._base)
+        if contract is not None:
+            contract.require_match(self._facts)
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:

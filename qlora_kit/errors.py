@@ -37,9 +37,17 @@ class QloraKitError(Exception):
         super().__init__(str(self.faults[0]))
 
     @classmethod
-    def of(cls, faults: list[Fault] | tuple[Fault, ...]) -> QloraKitError:
-        """One exception for all ``faults`` of one input (at least one)."""
+    def of(cls, faults: list[Fault] | tuple[Fault, ...], *, at_most: int | None = None) -> QloraKitError:
+        """One exception for all ``faults`` of one input (at least one).
+
+        Args:
+            faults: What is wrong.
+            at_most: Of more faults than this, the first are told and the rest counted; None tells all.
+        """
         first = faults[0]
+        if at_most is not None and len(faults) > at_most:
+            rest = Fault(f"... and {len(faults) - at_most} more faults of this input", "none", first.fix)
+            faults = [*faults[:at_most], rest]
         error = cls(first.what, expected=first.expected, fix=first.fix)
         error.faults = tuple(faults)
         error.args = ("\n".join(str(fault) for fault in faults),)

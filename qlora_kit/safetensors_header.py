@@ -6,13 +6,15 @@ then the tensors' bytes back to back.
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora_kit.errors import Fault, QloraKitError
+from qlora_kit.regular_file import open_regular
 from qlora_kit.strict_json import parse_json_object, read_json_object
 
 MAX_HEADER_BYTES = 100_000_000
@@ -92,22 +94,36 @@ def read_safetensors_header(
         QloraKitError: Of class ``error``: not a regular file, cut off, a header that is no sound JSON, an unknown
             dtype, sizes that disagree, or bytes that overlap, leave gaps or lie outside the file.
     """
-    expected = "a safetensors file"
     try:
         if not path.is_file():
-            raise error(f"{path}: there is no such file", expected=expected, fix=_FIX)
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise error(f"{path}: {file_bytes} bytes are too few", expected=expected, fix=_FIX)
-            (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes < 2 or header_bytes > min(max_header_bytes, file_bytes - 8):
-                what = f"{path}: the header claims {header_bytes} bytes in a file of {file_bytes}"
-                raise error(what, expected=f"a header of 2 to {max_header_bytes} bytes inside the file", fix=_FIX)
-            text = file.read(header_bytes)
+            raise error(f"{path}: there is no such file", expected="a safetensors file", fix=_FIX)
+        with open_regular(path) as file:
+            return read_open_header(file, path, error=error, max_header_bytes=max_header_bytes)
     except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror}", expected=expected, fix=_FIX) from problem
+        raise _unreadable(path, problem, error) from problem
+
+
+def read_open_header(
+    file: BinaryIO, path: Path, *, error: type[QloraKitError], max_header_bytes: int = MAX_HEADER_BYTES
+) -> dict[str, TensorInfo]:
+    """As ``read_safetensors_header``, of a file that is open at its start; ``path`` is only named in messages.
+
+    Raises:
+        QloraKitError: Of class ``error``, as there.
+    """
+    expected = "a safetensors file"
+    try:
+        file_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise error(f"{path}: {file_bytes} bytes are too few", expected=expected, fix=_FIX)
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes < 2 or header_bytes > min(max_header_bytes, file_bytes - 8):
+            what = f"{path}: the header claims {header_bytes} bytes in a file of {file_bytes}"
+            raise error(what, expected=f"a header of 2 to {max_header_bytes} bytes inside the file", fix=_FIX)
+        text = file.read(header_bytes)
+    except OSError as problem:
+        raise _unreadable(path, problem, error) from problem
     try:
         return _checked_tensors(text, data_start=8 + header_bytes, file_bytes=file_bytes)
     except ValueError as problem:
@@ -155,6 +171,10 @@ def locate_tensors(folder: Path, *, error: type[QloraKitError]) -> dict[str, Ten
     return found
 
 
+def _unreadable(path: Path, problem: OSError, error: type[QloraKitError]) -> QloraKitError:
+    return error(f"{path}: cannot be read: {problem.strerror}", expected="a safetensors file", fix=_FIX)
+
+
 def _checked_tensors(text: bytes, *, data_start: int, file_bytes: int) -> dict[str, TensorInfo]:
     if not text.startswith(b"{"):
         raise ValueError("the header does not start with '{'")
@@ -185,7 +205,7 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {shown(name)} has the unknown dtype {shown(str(dtype))}")
-    if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+    if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS or _overflows(shape):
         raise ValueError(f"tensor {shown(name)} has no usable shape")
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"tensor {shown(name)} has no usable data_offsets")
@@ -196,6 +216,16 @@ def _tensor_info(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _overflows(shape: list[int]) -> bool:
+    """Whether a product on the way would not fit the 64 bits that other readers of the format multiply in."""
+    count = DTYPE_BYTES["F64"]
+    for size in shape:
+        count *= size
+        if count >= 2**63:
+            return True
+    return False
 
 
 def _read_index(path: Path, *, error: type[QloraKitError]) -> dict[str, str]:

@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.errors import QloraKitError
+from qlora_kit.regular_file import open_regular
+
+MAX_DEPTH = 64
+"""Deeper nesting is refused: what walks or prints the value afterwards must not run out of stack."""
+MAX_VALUES = 3_000_000
+"""More values than this are refused: small as they are in the text, each takes 60 bytes and more."""
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def parse_json_object(text: bytes) -> dict[str, Any]:
     """Parse ``text`` as one JSON object.
 
     Raises:
-        ValueError: Not UTF-8, not JSON, not an object, a key twice in one object, nested too deeply, NaN or Infinity.
+        ValueError: Not UTF-8, not JSON, not an object, a key twice in one object, nested too deeply, NaN or Infinity,
+            half a character
+            (a lone surrogate), or a number that readers take differently (-0, one beyond the range of a float).
     """
+    _refuse_bulk(text)
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant)
-    except RecursionError as error:
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_no_doubled_keys,
+            parse_constant=_no_constant,
+            parse_int=_plain_int,
+            parse_float=_finite_float,
+        )
+    except RecursionError as error:  # brackets that are not closed
         raise ValueError("it is nested too deeply") from error
+    if _SURROGATE.search(text) is not None:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character is a ValueError
     if not isinstance(value, dict):
         raise ValueError(f"it holds a {type(value).__name__}, not an object")
     return value
@@ -40,7 +63,7 @@ def read_json_object(path: Path, *, max_bytes: int, error: type[QloraKitError], 
     try:
         if not path.is_file():
             raise error(f"{path}: there is no such file", expected=expected, fix=fix)
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             text = file.read(max_bytes + 1)
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}", expected=expected, fix=fix) from problem
@@ -57,6 +80,30 @@ def _no_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key appears twice in one object")
     return result
+
+
+def _refuse_bulk(text: bytes) -> None:
+    bare = _STRING.sub(b"", text)
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
+        raise ValueError(f"it holds more than {MAX_VALUES} values")
+    brackets = bare.translate(_BRACKETS, delete=_NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        brackets = brackets.replace(b"[]", b"")
+    if brackets and brackets.count(b"[") == brackets.count(b"]"):
+        raise ValueError("it is nested too deeply")
+
+
+def _plain_int(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is not a whole number")
+    return int(text)
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number is beyond the range of a float")
+    return value
 
 
 def _no_constant(text: str) -> Any:

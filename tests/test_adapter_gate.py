@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from faults.bad_adapters import (
+    BAD_FOLDERS,
+    BAD_SETTINGS,
+    BAD_TENSORS,
+    Q0,
+    Canary,
+    change_config,
+    change_tensors,
+    make_adapter,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from qlora_kit.adapters import check_adapter_folder, pair_faults
 from qlora_kit.adapters.lora_settings import read_lora_settings
 from qlora_kit.errors import AdapterError
-
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-TENSORS = dict[str, torch.Tensor]
-
-
-def make_adapter(folder: Path, **settings: Any) -> tuple[Path, Any]:
-    """A PEFT adapter of a random two-layer Qwen2, saved by PEFT; returns its folder and the PEFT model."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
-    model = get_peft_model(Qwen2ForCausalLM(config), LoraConfig(**settings))
-    model.save_pretrained(folder)
-    return folder, model
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +39,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(sound: Path, tmp_path: Path) -> Path:
     """A copy of the sound adapter that a test may spoil."""
     return shutil.copytree(sound, tmp_path / "adapter")
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def change_tensors(folder: Path, change: Callable[[TENSORS], Any]) -> None:
-    path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
 
 
 @pytest.mark.parametrize(
@@ -124,71 +98,6 @@ def test_half_precision_passes(adapter: Path) -> None:
         assert check_adapter_folder(adapter).pairs
 
 
-def poison(value: float, dtype: torch.dtype) -> Callable[[TENSORS], Any]:
-    def change(tensors: TENSORS) -> None:
-        for name in tensors:
-            tensors[name] = tensors[name].to(dtype)
-        tensors[f"{Q0}.lora_B.weight"][3, 1] = value
-
-    return change
-
-
-BAD_TENSORS: dict[str, tuple[Callable[[TENSORS], Any], str]] = {
-    "base weight": (lambda t: t.update({f"{Q0}.base_layer.weight": torch.zeros(32, 32)}), "not declared"),
-    "base weight, plain": (lambda t: t.update({f"{Q0}.weight": torch.zeros(32, 32)}), "not declared"),
-    "norm": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "not declared"),
-    "embedding": (
-        lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(64, 32)}),
-        "not declared",
-    ),
-    "head": (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(64, 32)}), "not declared"),
-    "bias": (lambda t: t.update({f"{Q0}.bias": torch.ones(32)}), "not declared"),
-    "wrapped bias": (lambda t: t.update({f"{Q0}.base_layer.bias": torch.ones(32)}), "not declared"),
-    "magnitude": (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(32)}), "not declared"),
-    "tokens": (
-        lambda t: t.update(
-            {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)}
-        ),
-        "not declared",
-    ),
-    "bias of B": (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(32)}), "not declared"),
-    "no prefix": (
-        lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}),
-        "not declared",
-    ),
-    "untargeted pair": (
-        lambda t: t.update({k.replace("q_proj", "o_proj"): v.clone() for k, v in t.items() if "q_proj" in k}),
-        "not declared",
-    ),
-    "name of an adapter": (lambda t: t.update({f"{Q0}.lora_A.default.weight": torch.ones(4, 32)}), "not declared"),
-    "embedding factors": (
-        lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}),
-        "not declared",
-    ),
-    "missing B": (lambda t: t.pop(f"{Q0}.lora_B.weight"), "is missing"),
-    "missing A": (lambda t: t.pop(f"{Q0}.lora_A.weight"), "is missing"),
-    "no tensors": (lambda t: t.clear(), "no LoRA pair"),
-    "rank of A": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(8, 32)}), "the rank"),
-    "rank of B": (lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(32, 2)}), "the rank"),
-    "swapped": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(32, 4)}), "the rank"),
-    "one dimension": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(128)}), "the rank"),
-    "convolution": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, 1, 1)}), "the rank"),
-    "empty": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 0)}), "the rank"),
-    "integers": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}), "dtype I32"),
-    "bytes": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.uint8)}), "dtype U8"),
-    "8-bit floats": (
-        lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32).to(torch.float8_e4m3fn)}),
-        "dtype F8_E4M3",
-    ),
-    "NaN": (poison(float("nan"), torch.float32), "1 values that are NaN or infinite"),
-    "infinite": (poison(float("inf"), torch.float32), "NaN or infinite"),
-    "NaN, bf16": (poison(float("nan"), torch.bfloat16), "NaN or infinite"),
-    "infinite, bf16": (poison(float("-inf"), torch.bfloat16), "NaN or infinite"),
-    "NaN, fp16": (poison(float("nan"), torch.float16), "NaN or infinite"),
-    "infinite, fp64": (poison(float("inf"), torch.float64), "NaN or infinite"),
-}
-
-
 @pytest.mark.parametrize("kind", BAD_TENSORS)
 def test_bad_tensors_are_refused(adapter: Path, kind: str) -> None:
     change, expected = BAD_TENSORS[kind]
@@ -198,56 +107,22 @@ def test_bad_tensors_are_refused(adapter: Path, kind: str) -> None:
     assert expected in str(caught.value)
 
 
-BAD_SETTINGS: dict[str, dict[str, Any]] = {
-    "another method": {"peft_type": "IA3"},
-    "no method": {"peft_type": None},
-    "rank 0": {"r": 0},
-    "rank above the bound": {"r": 1025},
-    "rank a flag": {"r": True},
-    "rank a text": {"r": "4"},
-    "another rank": {"r": 8},
-    "alpha negative": {"lora_alpha": -1},
-    "alpha a text": {"lora_alpha": "8"},
-    "alpha beyond": {"lora_alpha": 1e9},
-    "no targets": {"target_modules": []},
-    "targets null": {"target_modules": None},
-    "targets numbers": {"target_modules": [1]},
-    "targets with a path": {"target_modules": ["../q_proj"]},
-    "broken expression": {"target_modules": "(q_proj"},
-    "exponential expression": {"target_modules": "(a+)+q_proj"},
-    "long expression": {"target_modules": "q_proj|" * 1000},
-    "rank pattern a list": {"rank_pattern": [4]},
-    "rank pattern beyond": {"rank_pattern": {"q_proj": 5000}},
-    "rank pattern unlike the tensors": {"rank_pattern": {"q_proj": 8}},
-    "alpha pattern of texts": {"alpha_pattern": {"q_proj": "8"}},
-    "unknown bias": {"bias": "some"},
-    "modules to save a text": {"modules_to_save": "lm_head"},
-    "DoRA without magnitudes": {"use_dora": True},
-    "flag a text": {"use_rslora": "yes"},
-    "initialisation that rewrites the base": {"init_lora_weights": "olora"},
-    "PiSSA": {"init_lora_weights": "pissa_niter_4"},
-    "LoftQ": {"init_lora_weights": "loftq"},
-    "code to import": {"auto_mapping": {"base_model_class": "x", "parent_library": "antigravity"}},
-    "remote code": {"auto_map": {"AutoModel": "evil.Model"}},
-    "bias of B": {"lora_bias": True},
-    "copied layers": {"layer_replication": [[0, 2]]},
-    "parameters": {"target_parameters": ["mlp.weight"]},
-    "QA-LoRA": {"use_qalora": True},
-    "activated LoRA": {"alora_invocation_tokens": [1]},
-    "transposed weights": {"fan_in_fan_out": True},
-    "megatron": {"megatron_config": {"a": 1}},
-    "a setting of tomorrow": {"use_something_new": True},
-    "classification": {"task_type": "SEQ_CLS"},
-    "tokens of texts": {"trainable_token_indices": ["a"]},
-}
-
-
 @pytest.mark.parametrize("kind", BAD_SETTINGS)
 def test_bad_settings_are_refused(adapter: Path, kind: str) -> None:
     change_config(adapter, **BAD_SETTINGS[kind])
     with pytest.raises(AdapterError) as caught:
         check_adapter_folder(adapter)
     assert all(fault.what and fault.expected and fault.fix for fault in caught.value.faults)
+
+
+@pytest.mark.parametrize("kind", BAD_FOLDERS)
+def test_bad_folders_are_refused(adapter: Path, tmp_path: Path, kind: str) -> None:
+    BAD_FOLDERS[kind](adapter)
+    with pytest.raises(AdapterError) as caught:
+        check_adapter_folder(adapter)
+    assert all(fault.what and fault.expected and fault.fix for fault in caught.value.faults)
+    assert len(str(caught.value)) < 20_000
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize(
@@ -273,16 +148,6 @@ def test_links_missing_files_and_pipes_are_refused(adapter: Path, tmp_path: Path
     os.mkfifo(adapter / name)
     with pytest.raises(AdapterError, match="not a regular file"):
         check_adapter_folder(adapter)
-
-
-class Canary:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (self.path,))
 
 
 @pytest.mark.parametrize(

@@ -14,68 +14,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from faults.runs import BAD_NAMES, CONTRACT, make_run, value_of
 
 from qlora_kit.adapters import (
     AdapterContract,
     AdapterStore,
-    BaseIdentity,
     check_adapter_folder,
     check_name,
 )
 from qlora_kit.errors import AdapterError, OutputError
-
-CONTRACT = AdapterContract(
-    base=BaseIdentity("Qwen/Qwen2.5-7B-Instruct", "abc", "sampled-1:11"),
-    quantization={"load_in_4bit": True},
-    chat_template_sha256="22",
-    system_prompt=None,
-    stop_token_ids=(2, 0),
-    generation={},
-    task="sentiment",
-    metric_names=("accuracy",),
-    data=(),
-    config_sha256="44",
-    versions={},
-    created="2026-01-02T03:04:05+00:00",
-    kit_version="0.1.0",
-    metrics={"accuracy": 0.95},
-)
-SETTINGS = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "r": 2,
-    "lora_alpha": 4,
-    "target_modules": ["q_proj"],
-    "base_model_name_or_path": "some/base",
-}
-
-
-def make_run(folder: Path, *, contract: AdapterContract | None = CONTRACT, value: float = 1.0) -> Path:
-    """A run folder: an adapter's own files among others that training leaves."""
-    folder.mkdir(parents=True)
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    factors = {"A": np.full((2, 4), value, np.float32), "B": np.ones((4, 2), np.float32)}
-    save_file(
-        {f"{prefix}.lora_{key}.weight": array for key, array in factors.items()}, folder / "adapter_model.safetensors"
-    )
-    (folder / "adapter_config.json").write_text(json.dumps(SETTINGS))
-    (folder / "config.yaml").write_text("name: x\n")
-    (folder / "README.md").write_text("card\n")
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "training_args.bin").write_bytes(b"1")
-    (folder / "checkpoint-10").mkdir()
-    if contract is not None:
-        contract.save(folder)
-    return folder
-
-
-def value_of(folder: Path) -> float:
-    """What ``make_run`` filled lora_A with."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    return float(next(array for name, array in tensors.items() if "lora_A" in name)[0, 0])
 
 
 @pytest.fixture
@@ -87,27 +35,6 @@ def store(tmp_path: Path) -> AdapterStore:
 @pytest.mark.parametrize("name", ["a", "A1", "sentiment-v2_x", "0", "x" * 64])
 def test_good_names_are_returned(name: str) -> None:
     assert check_name(name) == name
-
-
-BAD_NAMES = ["", ".", "..", "-a", "_a", ".a", "a.b", "a/b", "../a", "/a", "a\\b", "a b", " a", "a ", "a\n", "x" * 65]
-BAD_NAMES += [
-    "é",
-    "ａ",
-    "a\x00",
-    "a:b",
-    "a*",
-    "~",
-    "~root",
-    "$HOME",
-    "a;b",
-    "a|b",
-    "%2e%2e",
-    "a@b",
-    "C:",
-    "a,b",
-    "'a'",
-    "١",
-]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

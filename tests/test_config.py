@@ -144,6 +144,7 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train:\n  eval_packing: true", "train.eval_packing cannot be set", "set train.packing"),
         ("train:\n  deepspeed: x.json", "train.deepspeed cannot be set", "do: start with accelerate launch"),
         ("train:\n  packing_strategy: wrapped", "cuts rows in the middle", "set train.packing_strategy=bfd"),
+        ("lora: {target_modules: '(?<=x)q_proj'}", "lora.target_modules is '(?<=x)q_proj'", "not understood here"),
         ("lora: {target_modules: []}", "lora.target_modules is []", "all-linear"),
         ("quantization: {bnb_4bit_quant_type: nf5}", "bnb_4bit_quant_type is 'nf5'", "did you mean 'nf4'?"),
         ("eval: {metrics: [chrff]}", "eval.metrics is ['chrff']", "one or more of accuracy"),

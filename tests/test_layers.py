@@ -17,9 +17,10 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         (
-            "errors suggest strict_json atomic safetensors_header assertion_child",
+            "errors suggest regular_file strict_json atomic safetensors_header assertion_child",
             "tasks formats format_detection metrics config adapters base_keys base_files architecture starter",
-            "shard_writer checkpoint data models measured_speed code_execution generation likelihood scoring",
+            "shard_writer checkpoint data models adapter_loading measured_speed code_execution generation likelihood"
+            " scoring",
             "training engine merging adoption data_check",
             "evaluation_plan evaluation doctor",
             "cli",

@@ -5,6 +5,7 @@ from qlora_kit.adapters.contract import AdapterContract, BaseFacts, BaseIdentity
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint
 from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder, pair_faults, require_shareable
+from qlora_kit.adapters.snapshot import AdapterSnapshot, read_adapter
 from qlora_kit.adapters.store import AdapterStore, StoreListing, check_name
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "AdapterContract",
     "AdapterDetails",
     "AdapterFiles",
+    "AdapterSnapshot",
     "AdapterStore",
     "BaseFacts",
     "BaseIdentity",
@@ -24,5 +26,6 @@ __all__ = [
     "check_name",
     "no_base_given",
     "pair_faults",
+    "read_adapter",
     "require_shareable",
 ]

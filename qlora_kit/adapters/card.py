@@ -61,6 +61,15 @@ def read_details(path: Path) -> AdapterDetails:
     Raises:
         AdapterError: Files are missing, links, or malformed.
     """
+    try:
+        return _read_details(path)
+    except OSError as error:
+        what = f"{path}: cannot be read: {error.strerror}"
+        fix = "make the folder readable, or delete it"
+        raise AdapterError(what, expected="a readable adapter folder", fix=fix) from error
+
+
+def _read_details(path: Path) -> AdapterDetails:
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         require_regular_file(path / name)
     settings = read_lora_settings(path / CONFIG_FILE)

@@ -15,6 +15,7 @@ from qlora_kit.strict_json import read_json_object
 CONTRACT_FILE = "qlora_kit.json"
 FORMAT_VERSION = 2
 MAX_CONTRACT_BYTES = 16_000_000
+MAX_FAULTS = 20
 NF4_CODES = "nf4_codes"
 TRAINED, ADOPTED = ORIGINS = ("trained", "adopted")
 _FIX = "train the adapter again, or restore the file from where the adapter was published"
@@ -33,7 +34,7 @@ def read_contract_json(path: Path) -> dict[str, Any]:
     content = _migrated(content)
     faults = _content_faults(path, content)
     if faults:
-        raise AdapterError.of(faults)
+        raise AdapterError.of(faults, at_most=MAX_FAULTS)
     return content
 
 

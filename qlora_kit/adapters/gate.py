@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.lora_settings import LoraSettings, read_lora_settings
 from qlora_kit.errors import AdapterError, Fault
-from qlora_kit.safetensors_header import TensorInfo, read_safetensors_header, shown
+from qlora_kit.regular_file import open_regular
+from qlora_kit.safetensors_header import DTYPE_BYTES, TensorInfo, read_open_header, shown
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 MAX_HEADER_BYTES = 16_000_000
+MAX_WEIGHTS_BYTES = 1 << 36
+MAX_FEATURES = 1 << 22
 MAX_FAULTS = 20
+# Comparisons of a module's name with a pattern: about 10 seconds, a hundred times what the largest real adapters need.
+_MAX_COMPARISONS = 10_000_000
 # The state that Hugging Face's Trainer leaves in run folders and checkpoints: never opened here, never copied.
 _TRAINER_STATE = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -76,21 +82,58 @@ def check_adapter_folder(folder: Path) -> AdapterFiles:
         AdapterError: With every fault (at most 20) of the first step that finds one: files, then configuration, header,
             names and shapes, values.
     """
-    if not folder.is_dir():
+    with open_adapter(folder) as (files, weights):
+        faults = [
+            fault
+            for name in files.tensors
+            if (fault := value_fault(files, name, read_blocks(weights, files, name))) is not None
+        ]
+        if faults:
+            raise AdapterError.of(faults, at_most=MAX_FAULTS)
+        return files
+
+
+@contextmanager
+def open_adapter(folder: Path) -> Iterator[tuple[AdapterFiles, BinaryIO]]:
+    """The adapter in ``folder`` with everything checked but its values, and its open weights file.
+
+    What is read from the open file is what was checked, whatever takes the file's place meanwhile.
+
+    Raises:
+        AdapterError: As ``check_adapter_folder``; at the end also when the weights were written to meanwhile.
+    """
+    if not os.path.isdir(folder):
         fix = "give the folder of a trained adapter, or its name in the store"
         raise AdapterError(f"{folder}: there is no such folder", expected="an adapter folder", fix=fix)
-    _require_sound_files(folder)
-    settings = read_lora_settings(folder / CONFIG_FILE)
     weights = folder / WEIGHTS_FILE
-    tensors = read_safetensors_header(weights, error=AdapterError, max_header_bytes=MAX_HEADER_BYTES)
+    try:
+        _require_sound_files(folder)
+        settings = read_lora_settings(folder / CONFIG_FILE)
+        with open_regular(weights, follow_links=False) as file:
+            before = os.fstat(file.fileno())
+            if before.st_size > MAX_WEIGHTS_BYTES:
+                what, expected = f"{weights}: holds {before.st_size} bytes", f"at most {MAX_WEIGHTS_BYTES} bytes"
+                raise AdapterError(what, expected=expected, fix=_UNTRUSTED)
+            yield _described(folder, settings, file), file
+            after = os.fstat(file.fileno())
+            if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+                raise _changed(weights)
+    except OSError as error:
+        fix = "make the folder readable, and leave it alone while it is read"
+        what = f"{folder}: cannot be read: {error.strerror}"
+        raise AdapterError(what, expected="an adapter folder", fix=fix) from error
+
+
+def _described(folder: Path, settings: LoraSettings, file: BinaryIO) -> AdapterFiles:
+    weights, contract = folder / WEIGHTS_FILE, folder / CONTRACT_FILE
+    tensors = read_open_header(file, weights, error=AdapterError, max_header_bytes=MAX_HEADER_BYTES)
+    if len(tensors) * settings.matching_cost > _MAX_COMPARISONS:
+        what = f"{folder / CONFIG_FILE}: its patterns are too many for {len(tensors)} tensors"
+        raise AdapterError(what, expected="fewer or simpler patterns", fix=_UNTRUSTED)
     faults, pairs, extra, base = _sort_tensors(weights, tensors, settings)
     if faults:
-        raise _all_of(faults)
-    faults = _value_faults(weights, tensors)
-    if faults:
-        raise _all_of(faults)
-    contract = folder / CONTRACT_FILE
-    own = [weights, folder / CONFIG_FILE, *([contract] if contract.is_file() else [])]
+        raise AdapterError.of(faults, at_most=MAX_FAULTS)
+    own = [folder / CONFIG_FILE, *([contract] if contract.is_file() else [])]
     return AdapterFiles(
         folder=folder,
         weights=weights,
@@ -100,7 +143,7 @@ def check_adapter_folder(folder: Path) -> AdapterFiles:
         pairs=pairs,
         extra_tensors=tuple(extra),
         base_tensors=tuple(base),
-        bytes=sum(path.stat().st_size for path in own),
+        bytes=sum(path.stat().st_size for path in own) + os.fstat(file.fileno()).st_size,
     )
 
 
@@ -166,7 +209,7 @@ def _require_sound_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         is_state = path.name.startswith(_TRAINER_STATE)
         if path.suffix.lower() in _PICKLE_SUFFIXES and not is_state:
-            what = f"{path}: a pickle file, which can run code when it is loaded"
+            what = f"{folder}: {shown(path.name)} is a pickle file, which can run code when it is loaded"
             fix = f"delete it if {WEIGHTS_FILE} is there too; else save the adapter again with save_pretrained"
             faults.append(Fault(what, f"weights as {WEIGHTS_FILE} only", fix))
     for name in (WEIGHTS_FILE, CONFIG_FILE, CONTRACT_FILE):
@@ -177,7 +220,7 @@ def _require_sound_files(folder: Path) -> None:
         except AdapterError as error:
             faults.extend(error.faults)
     if faults:
-        raise _all_of(faults)
+        raise AdapterError.of(faults, at_most=MAX_FAULTS)
 
 
 def _sort_tensors(
@@ -192,7 +235,7 @@ def _sort_tensors(
     for name, info in tensors.items():
         module, end = _split_name(name)
         is_tokens = end == _TOKENS_END and settings.adapts_tokens(module, info.shape)
-        is_saved = end == "" and settings.saves_module(module)
+        is_saved = end == "" and settings.saves_tensor(module)
         if info.dtype not in _FLOATS:
             faults.append(_tensor_fault(path, name, f"has dtype {info.dtype}", f"one of {', '.join(_FLOATS)}"))
         if end in _PAIR_ENDS and settings.targets(module):
@@ -239,7 +282,7 @@ def _pair_shape_faults(path: Path, module: str, ends: Mapping[str, TensorInfo], 
             faults.append(_tensor_fault(path, name, "is missing", "both factors of each pair"))
             continue
         shape = ends[end].shape
-        if len(shape) != 2 or 0 in shape or shape[axis] != r:
+        if len(shape) != 2 or 0 in shape or shape[axis] != r or max(shape) > MAX_FEATURES:
             wanted = f"({r}, in_features)" if axis == 0 else f"(out_features, {r})"
             faults.append(
                 _tensor_fault(path, name, f"has shape {shape}", f"{wanted}, the rank that {CONFIG_FILE} gives")
@@ -264,46 +307,50 @@ def _magnitude_faults(path: Path, pairs: Mapping[str, LoraPair], magnitudes: Map
     return faults
 
 
-def _value_faults(path: Path, tensors: Mapping[str, TensorInfo]) -> list[Fault]:
+def read_blocks(file: BinaryIO, files: AdapterFiles, name: str) -> Iterator[bytes]:
+    """The bytes of the tensor ``name`` from the open weights ``file``, a few MB at a time.
+
+    Raises:
+        AdapterError: The file became shorter.
+    """
+    info = files.tensors[name]
+    file.seek(info.start)
+    remaining = info.size_bytes
+    while remaining > 0:
+        block = file.read(min(remaining, _BLOCK_BYTES))
+        if not block or len(block) % DTYPE_BYTES[info.dtype]:
+            raise _changed(files.weights)
+        remaining -= len(block)
+        yield block
+
+
+def value_fault(files: AdapterFiles, name: str, blocks: Iterable[bytes]) -> Fault | None:
+    """What is wrong with the values of the tensor ``name``, given its bytes: not finite, or too large for fp32.
+
+    Adapters are computed with in fp32 at most, where a larger fp64 value would become infinite.
+    """
     import numpy as np
 
-    # All bits of the exponent set: infinite or not a number.
-    kinds: dict[str, tuple[np.dtype[Any], int]] = {
-        "F16": (np.dtype("<u2"), 0x7C00),
-        "BF16": (np.dtype("<u2"), 0x7F80),
-        "F32": (np.dtype("<u4"), 0x7F80_0000),
-        "F64": (np.dtype("<u8"), 0x7FF0_0000_0000_0000),
+    # Without their sign bit, the bits of floats are ordered as the floats are: the largest that is allowed.
+    kinds: dict[str, tuple[str, int]] = {
+        "F16": ("<u2", 0x7BFF),
+        "BF16": ("<u2", 0x7F7F),
+        "F32": ("<u4", 0x7F7F_FFFF),
+        "F64": ("<u8", 0x47EF_FFFF_E000_0000),
     }
-    faults = []
-    with path.open("rb") as file:
-        for name, info in tensors.items():
-            dtype, exponent = kinds[info.dtype]
-            mask = dtype.type(exponent)
-            file.seek(info.start)
-            remaining = info.size_bytes
-            not_finite = 0
-            while remaining > 0:
-                block = file.read(min(remaining, _BLOCK_BYTES))
-                if not block or len(block) % dtype.itemsize:
-                    raise AdapterError(
-                        f"{path}: became shorter while it was read", expected="a file at rest", fix=_UNTRUSTED
-                    )
-                remaining -= len(block)
-                bits = np.frombuffer(block, dtype=dtype)
-                not_finite += int(np.count_nonzero((bits & mask) == mask))
-            if not_finite:
-                faults.append(
-                    _tensor_fault(path, name, f"holds {not_finite} values that are NaN or infinite", "finite values")
-                )
-    return faults
+    kind, largest = kinds[files.tensors[name].dtype]
+    dtype = np.dtype(kind)
+    unsigned = dtype.type(2 ** (8 * dtype.itemsize - 1) - 1)
+    bad = sum(int(np.count_nonzero((np.frombuffer(block, dtype) & unsigned) > largest)) for block in blocks)
+    if bad == 0:
+        return None
+    return _tensor_fault(files.weights, name, f"holds {bad} values that are NaN or infinite", "values finite in fp32")
+
+
+def _changed(path: Path) -> AdapterError:
+    fix = "load it again once nothing writes to it"
+    return AdapterError(f"{path}: changed while it was read", expected="a file at rest", fix=fix)
 
 
 def _tensor_fault(path: Path, name: str, what: str, expected: str) -> Fault:
     return Fault(f"{path}: tensor {shown(name)} {what}", expected, _UNTRUSTED)
-
-
-def _all_of(faults: list[Fault]) -> Exception:
-    if len(faults) > MAX_FAULTS:
-        rest = Fault(f"... and {len(faults) - MAX_FAULTS} more faults of this adapter", "none", _UNTRUSTED)
-        faults = [*faults[:MAX_FAULTS], rest]
-    return AdapterError.of(faults)

@@ -6,16 +6,27 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapters.module_pattern import (
+    MAX_CHARACTERS,
+    MAX_NAME_CHARACTERS,
+    ModulePattern,
+    is_plain,
+    module_matcher,
+    names_module,
+    parse_pattern,
+    pattern_names_end_of,
+)
 from qlora_kit.errors import AdapterError, Fault
 from qlora_kit.safetensors_header import shown
 from qlora_kit.strict_json import read_json_object
 
 MAX_CONFIG_BYTES = 4_000_000
 MAX_RANK = 1024
-MAX_PATTERN_CHARACTERS = 1000
+MAX_FAULTS = 20
 _BIASES = ("none", "all", "lora_only")
 # Other initialisations (PiSSA, OLoRA, LoftQ, CorDA, ...) run again when PEFT loads the adapter, and
 # rewrite the base's weights.
@@ -35,11 +46,11 @@ _INERT_KEYS += (
     "lora_ga_config",
     "megatron_core",
     "qalora_group_size",
-    "ensure_weight_tying",
 )
 _OFF: tuple[Any, ...] = (None, False, {}, [])
-_MAX_REPEATS = 5
-_MAX_MATCHED_CHARACTERS = 128
+_EXPRESSION_COST = 100
+_MAX_EXPRESSIONS = 1000
+_EXPRESSION = f"one regular expression of at most {MAX_CHARACTERS} characters, without repeated groups"
 _FIX = "get the adapter from its author again, or train it with settings of this list"
 
 
@@ -51,6 +62,7 @@ class LoraSettings:
         r: Rank of every pair that ``rank_pattern`` does not name.
         lora_alpha: Scale numerator of every pair that ``alpha_pattern`` does not name.
         target_modules: Module names or endings, or one regular expression.
+        ensure_weight_tying: Whether what is tied to a saved embedding follows it.
         base_model_name_or_path: As the file says; nothing is looked up there.
         peft_version: Of the PEFT that wrote the file; None from versions that did not say.
     """
@@ -68,21 +80,41 @@ class LoraSettings:
     bias: str
     use_rslora: bool
     use_dora: bool
+    ensure_weight_tying: bool
     base_model_name_or_path: str | None
     peft_version: str | None
 
     def targets(self, module: str) -> bool:
         """Whether ``module`` (``model.layers.0.self_attn.q_proj``) is adapted: PEFT's own rules."""
-        if self.saves_module(module) or _names(self.exclude_modules, module):
+        if (
+            self.saves_module(module)
+            or names_module(self._excluded, module)
+            or not names_module(self._targeted, module)
+        ):
             return False
-        if not _names(self.target_modules, module):
-            return False
-        by_ending = not isinstance(self.target_modules, str) and module not in self.target_modules
+        by_ending = isinstance(self._targeted, frozenset) and module not in self._targeted
         return (
             not by_ending
             or self.layers_to_transform is None
             or _layer(self.layers_pattern, module) in self.layers_to_transform
         )
+
+    @property
+    def matching_cost(self) -> int:
+        """How long the patterns take on one module name, in comparisons with a plain name."""
+        patterns = [*self.rank_pattern, *self.alpha_pattern]
+        plain = sum(is_plain(pattern) for pattern in patterns)
+        modules = [value for value in (self._targeted, self._excluded) if isinstance(value, ModulePattern)]
+        names = len(self.layers_pattern) + len(self.modules_to_save) + len(self.trainable_token_indices)
+        return 1 + plain + names + _EXPRESSION_COST * (len(patterns) - plain + len(modules))
+
+    @cached_property
+    def _targeted(self) -> frozenset[str] | ModulePattern | None:
+        return module_matcher(self.target_modules)
+
+    @cached_property
+    def _excluded(self) -> frozenset[str] | ModulePattern | None:
+        return module_matcher(self.exclude_modules)
 
     def rank_of(self, module: str) -> int:
         """The rank of ``module``'s pair."""
@@ -98,8 +130,13 @@ class LoraSettings:
         return self.alpha_of(module) / (math.sqrt(r) if self.use_rslora else r)
 
     def saves_module(self, name: str) -> bool:
-        """Whether ``name``, of a module or of a tensor in it, belongs to ``modules_to_save``."""
+        """Whether the module ``name`` belongs to ``modules_to_save``, or lies in one that does."""
         return any(f".{module}." in f".{name}." for module in self.modules_to_save)
+
+    def saves_tensor(self, name: str) -> bool:
+        """Whether the tensor ``name`` is a parameter of one of ``modules_to_save``, which for PEFT are endings."""
+        module = name.rpartition(".")[0]
+        return module.endswith(self.modules_to_save) if module else False
 
     def declares_bias(self, tensor: str) -> bool:
         """Whether ``tensor`` is a bias of the base that ``bias`` says was trained."""
@@ -136,12 +173,15 @@ def read_lora_settings(path: Path) -> LoraSettings:
         for key, (expected, accepts) in _KINDS.items()
         if not accepts(content.get(key))
     ]
+    known = f"only settings that the kit knows: {', '.join(sorted(_KINDS))}"
     for key in sorted(content.keys() - _KINDS.keys() - {"peft_type", *_INERT_KEYS}):
         if content[key] not in _OFF:
-            what = f"{path}: {shown(key)} is set to {shown(str(content[key]))}"
-            faults.append(Fault(what, f"only settings that the kit knows: {', '.join(sorted(_KINDS))}", _FIX))
+            faults.append(Fault(f"{path}: {shown(key)} is set to {shown(str(content[key]))}", known, _FIX))
+    if isinstance(content.get("target_modules"), str) and content.get("layers_to_transform") not in (None, []):
+        what = f"{path}: layers_to_transform is set beside target_modules as one text"
+        faults.append(Fault(what, "layers_to_transform only beside a list of module names", _FIX))
     if faults:
-        raise AdapterError.of(faults)
+        raise AdapterError.of(faults, at_most=MAX_FAULTS)
     return _settings(content)
 
 
@@ -164,19 +204,10 @@ def _settings(content: Mapping[str, Any]) -> LoraSettings:
         bias=content.get("bias") or "none",
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
+        ensure_weight_tying=bool(content.get("ensure_weight_tying")),
         base_model_name_or_path=base if isinstance(base, str) else None,
         peft_version=peft_version if isinstance(peft_version, str) else None,
     )
-
-
-def _names(modules: tuple[str, ...] | str, module: str) -> bool:
-    if modules == "all-linear":
-        return module.rpartition(".")[2] != "lm_head"
-    if isinstance(modules, str):
-        return len(module) <= _MAX_MATCHED_CHARACTERS and re.fullmatch(modules, module) is not None
-    if module in modules:
-        return True
-    return any(module.endswith(f".{ending}") for ending in modules)
 
 
 def _layer(patterns: tuple[str, ...], module: str) -> int | None:
@@ -188,10 +219,10 @@ def _layer(patterns: tuple[str, ...], module: str) -> int | None:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    if len(module) > _MAX_MATCHED_CHARACTERS:
+    if len(module) > MAX_NAME_CHARACTERS:
         return default
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_names_end_of(pattern, module):
             return value
     return default
 
@@ -219,16 +250,21 @@ def _is_alpha(value: Any) -> bool:
 
 
 def _is_pattern(value: Any) -> bool:
-    """A regular expression that compiles and, with no repeated group, cannot take exponential time on a module name."""
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_PATTERN_CHARACTERS:
+    if not isinstance(value, str):
         return False
-    if re.search(r"\)[*+{]", value) or len(re.findall(r"[*+{]", value)) > _MAX_REPEATS:
-        return False
+    if is_plain(value):
+        return len(value) <= MAX_CHARACTERS
     try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError):
+        parse_pattern(value)
+    except ValueError:
         return False
     return True
+
+
+def _is_patterns(value: Any) -> bool:
+    if not isinstance(value, dict) or sum(not is_plain(key) for key in value) > _MAX_EXPRESSIONS:
+        return False
+    return all(_is_pattern(key) for key in value)
 
 
 def _is_name(value: Any) -> bool:
@@ -265,11 +301,11 @@ _KINDS: dict[str, _Kind] = {
     "r": (f"a whole number from 1 to {MAX_RANK}", _is_rank),
     "lora_alpha": ("a number above 0, at most a million", _is_alpha),
     "target_modules": (
-        "a list of module names, or one short regular expression without repeated groups",
+        f"a list of module names, or {_EXPRESSION}",
         lambda value: (_is_names(value) and bool(value)) or _is_pattern(value),
     ),
     "exclude_modules": (
-        "null, a list of module names, or one short regular expression without repeated groups",
+        f"null, a list of module names, or {_EXPRESSION}",
         lambda value: value is None or _is_names(value) or _is_pattern(value),
     ),
     "layers_to_transform": (
@@ -282,17 +318,11 @@ _KINDS: dict[str, _Kind] = {
     ),
     "rank_pattern": (
         f"an object of module patterns to ranks from 1 to {MAX_RANK}",
-        lambda value: (
-            value is None
-            or (isinstance(value, dict) and all(_is_pattern(key) and _is_rank(rank) for key, rank in value.items()))
-        ),
+        lambda value: value is None or (_is_patterns(value) and all(_is_rank(rank) for rank in value.values())),
     ),
     "alpha_pattern": (
         "an object of module patterns to numbers above 0",
-        lambda value: (
-            value is None
-            or (isinstance(value, dict) and all(_is_pattern(key) and _is_alpha(alpha) for key, alpha in value.items()))
-        ),
+        lambda value: value is None or (_is_patterns(value) and all(_is_alpha(alpha) for alpha in value.values())),
     ),
     "modules_to_save": ("null or a list of module names", lambda value: value is None or _is_names(value)),
     "trainable_token_indices": (
@@ -309,6 +339,7 @@ _KINDS: dict[str, _Kind] = {
     ),
     "use_rslora": ("true or false", _is_flag),
     "use_dora": ("true or false", _is_flag),
+    "ensure_weight_tying": ("true or false", _is_flag),
     "init_lora_weights": (
         "true, false, gaussian, eva or orthogonal: other initialisations rewrite the base when the adapter is loaded",
         lambda value: not isinstance(value, list | dict) and value in _INITIALISATIONS,

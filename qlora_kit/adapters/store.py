@@ -18,6 +18,7 @@ from qlora_kit.adapters.contract_file import CONTRACT_FILE, read_contract_json, 
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter_folder, require_regular_file
 from qlora_kit.atomic import atomic_directory, discard_directory, moved_aside_names, recover_leftovers
 from qlora_kit.errors import AdapterError, Fault, OutputError
+from qlora_kit.regular_file import folder_identity, open_regular
 from qlora_kit.safetensors_header import shown
 
 DEFAULT_STORE = Path("adapters")
@@ -79,9 +80,6 @@ class AdapterStore:
                     cards.append(details.card)
             except AdapterError as error:
                 problems.extend(error.faults)
-            except OSError as error:
-                fix = "make the folder readable, or delete it"
-                problems.append(Fault(f"{path}: cannot be read: {error.strerror}", "a readable adapter folder", fix))
         return StoreListing(tuple(cards), tuple(problems))
 
     def list(self) -> _Cards:
@@ -104,11 +102,11 @@ class AdapterStore:
         text = str(name_or_folder)
         if isinstance(name_or_folder, str) and _NAME.fullmatch(text):
             path = self.root / text
-            if path.is_dir() or text in self._entries():
+            if os.path.isdir(path) or text in self._entries():
                 self._refuse_link(path)
                 return path
         folder = Path(name_or_folder)
-        if text and folder.is_dir():
+        if text and os.path.isdir(folder):  # never raises, whatever the text
             if (folder / CONFIG_FILE).is_file():
                 return folder.resolve()
             what = f"{folder}: the folder holds no {CONFIG_FILE}"
@@ -152,6 +150,7 @@ class AdapterStore:
         name = self._name_for(run_folder, name)
         check_adapter_folder(run_folder)
         with self._locked():
+            self._refuse_link(self.root / name)
             itself = self._holds(run_folder, name)
             self._refuse_collision(name, replace=replace or (itself and contract is not None))
             if itself and contract is None:
@@ -190,7 +189,7 @@ class AdapterStore:
         return target.is_dir() and target.samefile(folder)
 
     def _name_for(self, folder: Path, name: str | None) -> str:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # never raises, whatever the name
             raise self._unknown(str(folder))
         return check_name(folder.resolve().name if name is None else name)
 
@@ -198,7 +197,7 @@ class AdapterStore:
         """Give the adapter ``old`` the name ``new``, in its contract too.
 
         Raises:
-            AdapterError: ``old`` is not in the store, or ``new`` is not allowed or taken.
+            AdapterError: ``old`` is not in the store or broken, or ``new`` is not allowed or taken.
             OutputError: The store cannot be written to.
         """
         check_name(new)
@@ -206,6 +205,7 @@ class AdapterStore:
             path = self._existing(old)
             self._refuse_collision(new, replace=False, besides=old)
             target = self.root / new
+            read_details(path)  # files that are broken, or links out of the store, are left as they are
             if os.path.lexists(path / CONTRACT_FILE):
                 _set_contract_name(path, new)
             try:
@@ -244,16 +244,16 @@ class AdapterStore:
 
     def _details(self, path: Path) -> AdapterDetails | None:
         """Card and contract from one and the same adapter, even while others replace it; None once it is deleted."""
-        before = _identity(path)
+        before = folder_identity(path)
         try:
             details = read_details(path)
-            if _identity(path) == before:
+            if folder_identity(path) == before:
                 return details
-        except (AdapterError, OSError):
-            if before is not None and _identity(path) == before:
+        except AdapterError:
+            if before is not None and folder_identity(path) == before:
                 raise
         with self._locked() if os.access(self.root, os.W_OK) else nullcontext():
-            return read_details(path) if path.is_dir() else None
+            return read_details(path) if os.path.isdir(path) else None
 
     def _existing(self, name: str) -> Path:
         path = self.root / check_name(name)
@@ -305,25 +305,23 @@ class AdapterStore:
             os.close(lock)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Changes when another folder takes the place of ``path``; None when there is none."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_ctime_ns
-
-
 def _copy_own_files(source: Path, target: Path, *, omit: Collection[str]) -> None:
     for name in own_files(source):
         if name in omit:
             continue
         require_regular_file(source / name)
-        too_large = name != WEIGHTS_FILE and (source / name).stat().st_size > MAX_TEXT_BYTES
-        if too_large:
-            what = f"{source / name}: the file is too large"
-            raise AdapterError(what, expected=f"at most {MAX_TEXT_BYTES} bytes", fix="shorten or delete the file")
-        shutil.copyfile(source / name, target / name, follow_symlinks=False)
+        try:
+            file = open_regular(source / name, follow_links=False)
+        except OSError as error:
+            what = f"{source / name}: cannot be read: {error.strerror}"
+            raise AdapterError(
+                what, expected="a regular file", fix="leave the folder alone while it is added"
+            ) from error
+        with file, (target / name).open("wb") as copy:
+            if name != WEIGHTS_FILE and os.fstat(file.fileno()).st_size > MAX_TEXT_BYTES:
+                what = f"{source / name}: the file is too large"
+                raise AdapterError(what, expected=f"at most {MAX_TEXT_BYTES} bytes", fix="shorten or delete the file")
+            shutil.copyfileobj(file, copy)
 
 
 def _set_contract_name(folder: Path, name: str) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_kit.adapter_loading import attach_adapter, base_modules, require_fit
+from qlora_kit.adapters import read_adapter
 from qlora_kit.adoption.planning import AdoptionPlan
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import AdapterError, GuardError
@@ -116,16 +118,15 @@ def measure(plan: AdoptionPlan, quantization: QuantizationSection) -> Measured:
         GuardError: Logits are not finite.
         AdapterError: The adapter changes no logit.
     """
-    from peft import PeftModel
-
     model = load_base_model(plan.ref, quantization)
     facts = quantization_facts(quantization, model)
     prompts = probe_prompts(plan.tokenizer, plan.claims.system_prompt)
     base_logits = _finite_logits(model, prompts, whose=f"the base {plan.ref.id}")
     base_stop_rate = _stop_rate(plan, model, prompts)
     base_loss = _loss(plan, model, plan.rows)
-    adapted = PeftModel.from_pretrained(model, plan.files.folder, adapter_name=_ADAPTER_NAME, is_trainable=False)
-    adapted.eval()
+    base = base_modules(model)
+    adapter = read_adapter(lambda: plan.files.folder, lambda files, _: require_fit(files, base))
+    attach_adapter(model, None, adapter, slot=_ADAPTER_NAME)
     effect = compare_logits(base_logits, _finite_logits(model, prompts, whose=f"the adapter {plan.files.folder}"))
     if effect.max_abs == 0:
         raise AdapterError(
