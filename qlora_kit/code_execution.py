@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,8 @@ from qlora_kit.errors import QloraKitError
 
 MEMORY_BYTES = 512 * 1024**2
 OUTPUT_BYTES = 16_384
+CODE_PROCESSES = 8
+_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 _CHILD = Path(__file__).with_name("assertion_child.py")
 
 Status = Literal["passed", "failed", "timeout", "error"]
@@ -140,3 +144,28 @@ def _read_verdict(output: bytes, returncode: int) -> ExecutionResult:
         case ["passed" | "failed" | "error" as status, str(reason)]:
             return ExecutionResult(status, reason.encode("utf-8", "replace").decode())  # no lone surrogates
     return ExecutionResult("error", "the process wrote something else than a verdict")
+
+
+def code_of(answer: str) -> str:
+    """The code in an answer: its first Markdown block where it has one, as chat models write it, else the whole."""
+    block = _FENCED.search(answer)
+    return answer if block is None else block.group(1)
+
+
+def run_answers(
+    answers: Sequence[str], tests: Sequence[Sequence[str]], progress: Callable[[int], None] | None = None
+) -> list[ExecutionResult]:
+    """Run each answer's code with its row's assertions, a few child processes at a time.
+
+    Args:
+        answers: What the model wrote; see ``code_of``.
+        tests: The assertions of each row.
+        progress: Called with the number of rows done.
+    """
+    results: list[ExecutionResult] = []
+    with ThreadPoolExecutor(min(CODE_PROCESSES, os.cpu_count() or 1)) as pool:
+        for result in pool.map(run_assertions, map(code_of, answers), tests):  # an exception cancels what waits
+            results.append(result)
+            if progress is not None:
+                progress(len(results))
+    return results

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qlora_kit.formats import FORMATS, DataFault
+from qlora_kit.conversation import DataFault
+from qlora_kit.formats import FORMATS, PLAIN_TEXT, TASK_COLUMNS
 from qlora_kit.tasks import Task
 
 
 def _formats_of(columns: frozenset[str], task: Task) -> tuple[str, ...]:
-    """The formats whose columns are all present; the task's own columns win, since its template asks for them."""
-    matches = tuple(name for name, entry in FORMATS.items() if columns.issuperset(entry.required(task)))
-    return ("task",) if "task" in matches else matches
+    """The formats whose columns are all present.
+
+    The task's own columns win, since its template asks for them. Plain text is the last choice: many conversations
+    bring a column ``text`` too, and where the task has one of that name, a row without the others is incomplete.
+    """
+    matches = [name for name, entry in FORMATS.items() if _fits(columns, entry.required(task))]
+    if TASK_COLUMNS in matches:
+        return (TASK_COLUMNS,)
+    if len(matches) > 1 or "text" in task.fields:
+        matches = [name for name in matches if name != PLAIN_TEXT]
+    return tuple(matches)
+
+
+def _fits(columns: frozenset[str], required: tuple[str, ...]) -> bool:
+    return bool(required) and columns.issuperset(required)
 
 
 def _columns_of_formats(task: Task) -> str:
-    return "; ".join(f"{name}: {', '.join(entry.required(task))}" for name, entry in FORMATS.items())
+    names = {name: " + ".join(entry.required(task)) for name, entry in FORMATS.items()}
+    known = [f"{columns} ({name})" for name, columns in names.items() if columns]
+    return f"the columns of one format: {', '.join(known)}"
 
 
 def detect_format(rows: Iterable[Iterable[str]], task: Task, *, lines: Iterable[int] | None = None) -> str:
@@ -44,9 +59,10 @@ def detect_format(rows: Iterable[Iterable[str]], task: Task, *, lines: Iterable[
     if not fitting:
         columns, line = next(iter(seen.items()))
         raise DataFault(
-            f"line {line}: the columns {', '.join(sorted(columns)) or '(none)'} fit no format",
+            f"line {line}: the columns {', '.join(map(repr, sorted(columns))) or '(none)'} fit no format",
             expected=_columns_of_formats(task),
-            fix="rename the columns, or set data.prompt and data.completion to templates of your columns",
+            fix="rename the columns (a CSV names them in its first line), or set data.prompt and data.completion to "
+            "templates of your columns",
         )
     if len(fitting) > 1:
         samples = ", ".join(f"{' or '.join(formats)} (line {line})" for formats, line in fitting.items())

@@ -1,60 +1,47 @@
-"""Turn one raw data record into a conversation, by the format that its file is in (``format_detection``).
+"""Turn one raw data record into an example, by the format that its file is in (``format_detection``).
 
-Five formats: OpenAI ``messages``, ``sharegpt``, ``alpaca``, ``prompt_completion`` and ``task`` (the task's own
-columns through its templates). A record comes in as a plain dict; checked ``Message`` tuples go out.
+Six formats: OpenAI ``messages``, ``sharegpt``, ``alpaca``, ``prompt_completion``, ``task`` (the task's own columns
+through its templates) and plain ``text``. A record comes in as a plain dict; a checked ``Example`` goes out.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
-from qlora_kit.suggest import advice
-from qlora_kit.tasks import Task, render_template
+from qlora_kit.conversation import (
+    DataFault,
+    Example,
+    Message,
+    check_contents,
+    check_known_calls,
+    check_order,
+    kind_of,
+)
+from qlora_kit.suggest import advice, nearest
+from qlora_kit.tasks import Task, render_template, template_fields
+from qlora_kit.tool_calls import read_list, read_tools, tool_names
+from qlora_kit.turns import MESSAGES, SHAREGPT, read_text, read_turns
 
-
-@dataclass(frozen=True)
-class Message:
-    """One turn: ``role`` is system, user, assistant or tool."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation of the data.
-
-    Attributes:
-        messages: All turns; the last is the assistant's.
-        extra: What scoring needs beside the conversation (``tests`` of a code row).
-        source: Where it stands, ``file:line``.
-    """
-
-    messages: tuple[Message, ...]
-    extra: dict[str, Any]
-    source: str
-
-
-class DataFault(ValueError):
-    """One record, or the columns of all, cannot be used; the three parts, without the file (the caller knows it)."""
-
-    def __init__(self, what: str, *, expected: str, fix: str) -> None:
-        self.what, self.expected, self.fix = what, expected, fix
-        super().__init__(f"{what}\n  expected: {expected}\n  do: {fix}")
+PLAIN_TEXT = "text"
+TASK_COLUMNS = "task"
+_TOOLS = "tools"
+_TEXT_METRICS = ("perplexity",)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a conversation as a record.
+    """One way to write an example as a record.
 
     Attributes:
         name: What ``data.format`` calls it.
         columns: Columns that each record must have; empty for ``task``, where the task's fields say it.
         optional: Columns that are used where they are present.
-        convert: Record and task -> turns, before the checks that all formats share.
+        convert: Record and task -> turns, before the checks that all formats share; no turns for a plain text.
     """
 
     name: str
@@ -67,150 +54,148 @@ class Format:
         return self.columns or task.fields
 
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function": "tool",
-    "tool": "tool",
-    "observation": "tool",
-}
-
-
-def _kind(value: object) -> str:
-    """A value's JSON kind, in words, for messages."""
-    names = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataFault(f"{where} is {_kind(value)}", expected="text", fix="write the text, or remove the row")
-    return value
-
-
 def _column_text(record: Mapping[str, Any], column: str) -> str:
     """A column's value as text; a number is written out, since CSV and JSON differ there."""
     value = record.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            fix = "write the value, or remove the row"
+            raise DataFault(f"the column {column!r} is {value}", expected="text or a finite number", fix=fix)
         return str(value)
-    return _text(value, f"the column {column!r}")
+    return read_text(value, f"the column {column!r}")
 
 
-def _content(value: object, where: str) -> str:
-    """A turn's content: text, or OpenAI's list of parts of type text."""
-    if not isinstance(value, list):
-        return _text(value, where)
-    texts = []
-    for number, part in enumerate(value, start=1):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise DataFault(
-                f"part {number} of {where} is of type {kind!r}",
-                expected='parts of the form {"type": "text", "text": "..."}',
-                fix="remove the row: only text can be trained",
-            )
-        texts.append(_text(part.get("text"), f"the text of part {number} of {where}"))
-    return "".join(texts)
+def _filled_text(record: Mapping[str, Any], column: str) -> str:
+    text = _column_text(record, column)
+    if not text.strip():
+        raise _empty([column])
+    return text
 
 
-def _turns(value: object, column: str, *, role_key: str, content_key: str) -> list[Message]:
-    """The turns of a list column, each with a known role."""
-    expected = f'a list of {{"{role_key}": ..., "{content_key}": ...}}'
-    if not isinstance(value, list) or not value:
-        what = f"the column {column!r} is " + ("an empty list" if value == [] else _kind(value))
-        raise DataFault(what, expected=expected, fix="write the conversation, or remove the row")
-    known = {role: role for role in ROLES} if role_key == "role" else SHAREGPT_ROLES
-    return [
-        _turn(turn, f"turn {number} of {column!r}", (role_key, content_key), known)
-        for number, turn in enumerate(value, 1)
-    ]
+def _empty(columns: Sequence[str]) -> DataFault:
+    plural = len(columns) > 1
+    what = f"the column{'s' * plural} {', '.join(map(repr, columns))} {'are' if plural else 'is'} empty"
+    return DataFault(what, expected="text", fix="write the text, or remove the row")
 
 
-def _turn(turn: object, where: str, keys: tuple[str, str], known: Mapping[str, str]) -> Message:
-    if not isinstance(turn, dict):
-        raise DataFault(f"{where} is {_kind(turn)}", expected="an object", fix="correct the turn, or remove the row")
-    for key in keys:
-        if key not in turn:
-            raise DataFault(
-                f"{where} has no {key!r} (it has {', '.join(map(repr, turn)) or 'nothing'})",
-                expected=f"the keys {keys[0]!r} and {keys[1]!r}",
-                fix="rename the keys; 'messages' uses role and content, 'conversations' uses from and value",
-            )
-    if turn.get("tool_calls"):
-        raise DataFault(
-            f"{where} has tool_calls", expected="turns of text only", fix="write the call as text, or remove the row"
-        )
-    role = turn[keys[0]]
-    if not isinstance(role, str) or role not in known:
-        raise DataFault(
-            f"{where} has the unknown role {role!r}",
-            expected=f"one of {', '.join(known)}",
-            fix=advice(str(role), known),
-        )
-    return Message(known[role], _content(turn[keys[1]], f"the {keys[1]} of {where}"))
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _from_messages(record: Mapping[str, Any], task: Task) -> list[Message]:
-    return _turns(record.get("messages"), "messages", role_key="role", content_key="content")
-
-
-def _from_sharegpt(record: Mapping[str, Any], task: Task) -> list[Message]:
-    turns = _turns(record.get("conversations"), "conversations", role_key="from", content_key="value")
+def _with_system_column(record: Mapping[str, Any], turns: list[Message]) -> list[Message]:
     system = record.get("system")
-    if system in (None, ""):
+    if _is_blank(system):
         return turns
     if turns[0].role == "system":
         raise DataFault(
             "the row has a 'system' column and a system turn", expected="one of the two", fix="remove one of them"
         )
-    return [Message("system", _text(system, "the column 'system'")), *turns]
+    return [Message("system", _column_text(record, "system")), *turns]
+
+
+def _from_messages(record: Mapping[str, Any], task: Task) -> list[Message]:
+    return read_turns(record.get("messages"), "messages", MESSAGES)
+
+
+def _from_sharegpt(record: Mapping[str, Any], task: Task) -> list[Message]:
+    return _with_system_column(record, read_turns(record.get("conversations"), "conversations", SHAREGPT))
 
 
 def _from_alpaca(record: Mapping[str, Any], task: Task) -> list[Message]:
-    values = {"instruction": _column_text(record, "instruction")}
+    values = {"instruction": _filled_text(record, "instruction")}
     prompt = "{instruction}"
-    if record.get("input") not in (None, ""):
+    if not _is_blank(record.get("input")):
         values["input"] = _column_text(record, "input")
         prompt = task.alpaca_prompt
-    return [Message("user", render_template(prompt, values)), Message("assistant", _column_text(record, "output"))]
+    turns = [
+        *_history(record.get("history")),
+        Message("user", render_template(prompt, values)),
+        Message("assistant", _filled_text(record, "output")),
+    ]
+    return _with_system_column(record, turns)
+
+
+def _history(value: object) -> list[Message]:
+    """LLaMA-Factory's earlier turns of an alpaca row: pairs of what the user and the assistant said."""
+    if value is None or value == "":
+        return []
+    expected = "a list of [user text, assistant text] pairs"
+    turns = []
+    for number, pair in enumerate(read_list(value, "the column 'history'", expected=expected), start=1):
+        where = f"pair {number} of 'history'"
+        if not isinstance(pair, list) or len(pair) != 2:
+            kind = f"a list of {len(pair)}" if isinstance(pair, list) else kind_of(pair)
+            raise DataFault(f"{where} is {kind}", expected=expected, fix="correct the pair, or remove the row")
+        turns += [
+            Message(role, read_text(text, f"the {role} text of {where}"))
+            for role, text in zip(("user", "assistant"), pair, strict=True)
+        ]
+    return turns
 
 
 def _from_prompt_completion(record: Mapping[str, Any], task: Task) -> list[Message]:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return [
-            message
-            for column in ("prompt", "completion")
-            for message in _turns(record[column], column, role_key="role", content_key="content")
+            message for column in ("prompt", "completion") for message in read_turns(record[column], column, MESSAGES)
         ]
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataFault(
-            f"'prompt' is {_kind(prompt)} and 'completion' is {_kind(completion)}",
+            f"'prompt' is {kind_of(prompt)} and 'completion' is {kind_of(completion)}",
             expected="text in both, or a list of messages in both",
             fix="write both in the same way",
         )
-    return [Message("user", _column_text(record, "prompt")), Message("assistant", _column_text(record, "completion"))]
+    return [Message("user", _filled_text(record, "prompt")), Message("assistant", _filled_text(record, "completion"))]
 
 
 def _from_task_columns(record: Mapping[str, Any], task: Task) -> list[Message]:
     values = {column: _column_text(record, column) for column in task.fields}
+    for template in (task.prompt, task.completion):
+        names = template_fields(template)
+        if all(not values[name].strip() for name in names):
+            raise _empty(names)
     return [
         Message("user", render_template(task.prompt, values)),
         Message("assistant", render_template(task.completion, values)),
     ]
 
 
+def _from_text(record: Mapping[str, Any], task: Task) -> list[Message]:
+    return []
+
+
 FORMATS: dict[str, Format] = {
-    "messages": Format("messages", ("messages",), (), _from_messages),
-    "sharegpt": Format("sharegpt", ("conversations",), ("system",), _from_sharegpt),
-    "alpaca": Format("alpaca", ("instruction", "output"), ("input",), _from_alpaca),
-    "prompt_completion": Format("prompt_completion", ("prompt", "completion"), (), _from_prompt_completion),
-    "task": Format("task", (), (), _from_task_columns),
+    "messages": Format("messages", ("messages",), (_TOOLS,), _from_messages),
+    "sharegpt": Format("sharegpt", ("conversations",), ("system", _TOOLS), _from_sharegpt),
+    "alpaca": Format("alpaca", ("instruction", "output"), ("input", "system", "history"), _from_alpaca),
+    "prompt_completion": Format("prompt_completion", ("prompt", "completion"), (_TOOLS,), _from_prompt_completion),
+    TASK_COLUMNS: Format(TASK_COLUMNS, (), (), _from_task_columns),
+    PLAIN_TEXT: Format(PLAIN_TEXT, ("text",), (), _from_text),
 }
+
+
+def check_format(name: str, task: Task) -> None:
+    """Refuse a format that a task cannot use: plain text has neither turns nor answers.
+
+    Raises:
+        DataFault: The task has a system prompt, labels, or a metric of answers, and the format is plain text.
+    """
+    if name != PLAIN_TEXT:
+        return
+    has = ["a system prompt"] if task.system_prompt else []
+    if task.labels:
+        has.append("labels")
+    other_metrics = [metric for metric in task.metrics if metric not in _TEXT_METRICS]
+    if other_metrics:
+        has.append(f"the metric {', '.join(other_metrics)}")
+    if has:
+        raise DataFault(
+            f"plain text does not fit the task {task.name}, which has {' and '.join(has)}",
+            expected="a task whose one metric is perplexity, without system prompt and labels",
+            fix="name a task of your own: task: my_text, data.format: text, eval.metrics: [perplexity]",
+        )
 
 
 def to_messages(record: Mapping[str, Any], *, format: str, task: Task) -> tuple[Message, ...]:
@@ -220,62 +205,69 @@ def to_messages(record: Mapping[str, Any], *, format: str, task: Task) -> tuple[
         DataFault: A column is missing or of the wrong type, a role is unknown or out of order, a turn is empty, or
             the answer is not one of the task's labels.
     """
+    return _with_task_prompt(_own_messages(record, format, task), task)
+
+
+def _own_messages(record: Mapping[str, Any], format: str, task: Task) -> list[Message]:
+    """The record's own turns, checked."""
     entry = FORMATS[format]
-    for column in entry.required(task):
-        if column not in record:
-            raise DataFault(
-                f"the column {column!r} is missing (the row has {', '.join(map(repr, record)) or 'none'})",
-                expected=f"the columns {', '.join(entry.required(task))} of the format {format}",
-                fix="add the column, or remove the row",
-            )
+    _require_columns(record, entry, task)
     messages = entry.convert(record, task)
-    _check_order(messages)
-    _check_contents(messages, task)
-    if messages[0].role != "system" and task.system_prompt:
-        messages.insert(0, Message("system", task.system_prompt))
-    return tuple(messages)
-
-
-# Which roles may stand before each role; None is the start of the conversation.
-_BEFORE: dict[str, tuple[str | None, ...]] = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-
-
-def _check_order(messages: list[Message]) -> None:
-    before: str | None = None
-    for number, message in enumerate(messages, start=1):
-        if before not in _BEFORE[message.role]:
-            place = "at the start" if before is None else f"after {before}"
-            raise DataFault(
-                f"turn {number}: {message.role} stands {place}",
-                expected="an optional system turn, then user and assistant in turn",
-                fix="correct the order of the turns, or remove the row",
-            )
-        before = message.role
-    if before != "assistant":
-        raise DataFault(
-            f"the last turn is {before}",
-            expected="an assistant turn at the end",
-            fix="add the answer, or remove the row",
-        )
-
-
-def _check_contents(messages: list[Message], task: Task) -> None:
-    for number, message in enumerate(messages, start=1):
-        if not message.content.strip():
-            raise DataFault(
-                f"turn {number} ({message.role}) is empty", expected="text", fix="write the text, or remove the row"
-            )
+    check_order(messages)
+    check_contents(messages)
     answer = messages[-1].content
     if task.labels and answer not in task.labels:
         raise DataFault(
             f"the answer {answer!r} is not a label of the task {task.name}",
             expected=f"one of {', '.join(task.labels)}",
             fix=f"{advice(answer, task.labels)} (for other labels, set data.completion)",
+        )
+    return messages
+
+
+def _with_task_prompt(messages: list[Message], task: Task) -> tuple[Message, ...]:
+    if messages[0].role == "system" or not task.system_prompt:
+        return tuple(messages)
+    return (Message("system", task.system_prompt), *messages)
+
+
+def to_example(record: Mapping[str, Any], *, format: str, task: Task, source: str) -> Example:
+    """One record as a checked example: its conversation and tools, or its plain text, and what scoring needs.
+
+    Args:
+        record: The raw columns.
+        format: A name in ``FORMATS``.
+        task: Gives templates, labels, system prompt and the extra columns.
+        source: The record's ``file:line``.
+
+    Raises:
+        DataFault: As of ``to_messages``; the tools are faulty, or a call is of none of them; or a text is empty.
+    """
+    extra = extra_fields(record, task)
+    if format == PLAIN_TEXT:
+        _require_columns(record, FORMATS[format], task)
+        return Example((), extra, source, text=_filled_text(record, "text"))
+    messages = _own_messages(record, format, task)
+    tools = read_tools(record.get(_TOOLS)) if _TOOLS in FORMATS[format].optional else ()
+    if tools:
+        check_known_calls(messages, tool_names(tools))
+    whole = _with_task_prompt(messages, task)
+    return Example(whole, extra, source, tools, system_added=len(whole) > len(messages))
+
+
+def _require_columns(record: Mapping[str, Any], entry: Format, task: Task) -> None:
+    required = entry.required(task)
+    missing = [column for column in required if column not in record]
+    if missing:
+        plural = len(missing) > 1
+        near = nearest(missing[0], set(record).difference(required))
+        raise DataFault(
+            f"the column{'s' * plural} {', '.join(map(repr, missing))} {'are' if plural else 'is'} missing "
+            f"(the row has {', '.join(map(repr, record)) or 'none'})",
+            expected=f"the columns {', '.join(required)} of the format {entry.name}",
+            fix="add the column, or remove the row"
+            if near is None
+            else f"rename {near!r} to {missing[0]!r}, or remove the row",
         )
 
 
@@ -306,12 +298,3 @@ def _lines(value: object, column: str) -> list[str]:
             fix="correct the list, or remove the row",
         )
     return lines
-
-
-def to_example(record: Mapping[str, Any], *, format: str, task: Task, source: str) -> Example:
-    """``to_messages`` and ``extra_fields`` of one record, with its ``file:line``.
-
-    Raises:
-        DataFault: As of the two.
-    """
-    return Example(to_messages(record, format=format, task=task), extra_fields(record, task), source)

@@ -1,25 +1,24 @@
 """Score one task with one active model: checked rows in, each metric's value with its interval and every answer out.
 
 Answers are generated greedily in left-padded batches. Labels are compared without the white space around them. The
-perplexity is that of the reference answer and its stop token, under the mask that training uses.
+perplexity is that of the reference answer and its stop token, under the mask that training uses. Of plain texts the
+perplexity of the whole text is all there is.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qlora_kit.code_execution import ExecutionResult, run_assertions
+from qlora_kit.code_execution import ExecutionResult, run_answers
+from qlora_kit.conversation import DataFault, Example, Message, check_texts
 from qlora_kit.data.chat import control_tokens, render_prompts
-from qlora_kit.data.encoding import Encoded, Unencodable, encode_batch
+from qlora_kit.data.encoding import IGNORED_LABEL, Encoded, Unencodable, encode_batch, encode_texts
 from qlora_kit.data.ledger import Problem, data_error, split_source
 from qlora_kit.data.tokenising import BATCH_ROWS
 from qlora_kit.errors import ConfigError
-from qlora_kit.formats import Example, Message
 from qlora_kit.generation import Completion, FinishReason, Sampling, generate
 from qlora_kit.likelihood import answer_nlls
 from qlora_kit.metrics import (
@@ -39,12 +38,9 @@ if TYPE_CHECKING:
 STOP_RATE = "stop_rate"
 PASS_AT_1 = "pass@1"
 PERPLEXITY = "perplexity"
-CODE_PROCESSES = 8
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
-
-_FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:\n?```|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class RowScore:
         prompt: The turn that was answered.
         reference: The row's own answer.
         prediction: What the model answered, without the stop token.
-        finish_reason: ``stop`` when it ended by itself, ``length`` when the limit cut it.
+        finish_reason: ``stop`` when it ended by itself, ``length`` when the limit cut it; None for a plain text.
         score: The row by the task's first metric; by accuracy for ``macro_f1`` and by chrF for ``bleu``, which are
             not defined for one row.
         reason: Why a function did not pass; else empty.
@@ -66,7 +62,7 @@ class RowScore:
     prompt: str
     reference: str
     prediction: str
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     score: float
     reason: str = ""
 
@@ -76,7 +72,7 @@ class TaskScores:
     """What one model scored on one task.
 
     Attributes:
-        scores: The task's metrics in their order, then ``stop_rate``.
+        scores: The task's metrics in their order, then ``stop_rate``, which plain texts do not have.
         rows: Every row, in the order given.
     """
 
@@ -109,9 +105,16 @@ def check_scorable(examples: Sequence[Example], task: Task, *, allow_code_execut
     """Refuse, without any model, what could not be scored.
 
     Raises:
-        ConfigError: The task runs generated code and nobody allowed it.
+        ConfigError: The task runs generated code and nobody allowed it, or scores plain texts by their answers.
         DataError: Rows bring no assertions although the task is scored by them.
     """
+    other_metrics = [metric for metric in task.metrics if metric != PERPLEXITY]
+    if other_metrics and any(example.text is not None for example in examples):
+        raise ConfigError(
+            f"the task {task.name} is scored by {', '.join(other_metrics)}, but plain texts have no answers",
+            expected=f"the metric {PERPLEXITY} alone",
+            fix=f"set eval.metrics=[{PERPLEXITY}]",
+        )
     if PASS_AT_1 not in task.metrics:
         return
     if not allow_code_execution:
@@ -149,7 +152,7 @@ def score_task(
     Args:
         model: A causal language model with the wanted adapter active.
         tokenizer: The base's.
-        examples: Rows that end with the reference answer; a row without system turn gets the task's.
+        examples: Rows that end with the reference answer (a row without system turn gets the task's), or plain texts.
         task: Says the metrics and the limit of an answer.
         batch_size: Rows at once; for the perplexity at most so many.
         stop_token_ids: Tokens that end an answer.
@@ -158,7 +161,7 @@ def score_task(
         progress: Called while rows are generated, run and measured; each counts as a step.
 
     Raises:
-        ConfigError: ``pass@1`` without permission.
+        ConfigError: ``pass@1`` without permission, or plain texts and a metric of answers.
         DataError: Rows without assertions for ``pass@1``, with control tokens, or that the chat template refuses.
         GuardError: The model's logits are not finite.
         ValueError: There are no rows.
@@ -167,12 +170,16 @@ def score_task(
         raise ValueError("no rows to score")
     _refuse_control_tokens(examples, control_tokens(tokenizer))
     check_scorable(examples, task, allow_code_execution=allow_code_execution)
+    if examples[0].text is not None:
+        return _score_texts(model, tokenizer, examples, batch_size=batch_size, progress=progress)
     metrics = scored_metrics(task)
     steps = _Steps(progress, len(examples) * (1 + (PASS_AT_1 in metrics) + (PERPLEXITY in metrics)))
     conversations = [with_system(example.messages, task.system_prompt) for example in examples]
     completions = generate(
         model,
-        render_prompts([messages[:-1] for messages in conversations], tokenizer),
+        render_prompts(
+            [messages[:-1] for messages in conversations], tokenizer, tools=[example.tools for example in examples]
+        ),
         sampling=Sampling(max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens),
         stop_token_ids=stop_token_ids,
         pad_token_id=_pad_token_id(tokenizer, stop_token_ids),
@@ -182,7 +189,7 @@ def score_task(
     steps.next_pass(len(examples))
     answers = _Answers(
         predictions=[tokenizer.decode(list(one.token_ids), skip_special_tokens=False) for one in completions],
-        references=[messages[-1].content for messages in conversations],
+        references=_references(examples, conversations, tokenizer),
         stopped=[float(one.finish_reason == "stop") for one in completions],
     )
     if PASS_AT_1 in metrics:
@@ -199,16 +206,51 @@ def score_task(
     return TaskScores(scores, _rows(examples, completions, answers, metrics[0]))
 
 
+def _score_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    progress: Progress | None,
+) -> TaskScores:
+    """The perplexity of plain texts; nothing is generated."""
+    encoded = encode_texts([example.text for example in examples if example.text is not None], tokenizer)
+    pad_token_id = _pad_token_id(tokenizer, [tokenizer.eos_token_id])
+    steps = _Steps(progress, len(examples))
+    nll_sums = answer_nlls(model, encoded, batch_size=batch_size, pad_token_id=pad_token_id, progress=steps.at)
+    tokens = [row.supervised_tokens for row in encoded]
+    rows = tuple(
+        RowScore(example.source, "", example.text or "", "", None, perplexity(nll, count))
+        for example, nll, count in zip(examples, nll_sums, tokens, strict=True)
+    )
+    return TaskScores((score_perplexity(nll_sums, tokens),), rows)
+
+
+def _references(
+    examples: Sequence[Example], conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The texts that the answers are compared with; tool calls as the chat template writes them."""
+    references = [messages[-1].content for messages in conversations]
+    calling = [index for index, messages in enumerate(conversations) if messages[-1].tool_calls]
+    encoded = encode_answers(
+        [examples[index] for index in calling], [conversations[index] for index in calling], tokenizer
+    )
+    for index, row in zip(calling, encoded, strict=True):
+        answer = [label for label in row.labels if label != IGNORED_LABEL][:-1]  # without the stop token
+        references[index] = tokenizer.decode(answer, skip_special_tokens=False)
+    return references
+
+
 def _refuse_control_tokens(examples: Sequence[Example], tokens: Sequence[str]) -> None:
     """A text that holds the end of a turn would be another conversation than the row says."""
+    control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
     problems = []
     for example in examples:
-        texts = [message.content for message in example.messages]
-        found = next((token for token in tokens if any(token in text for text in texts)), None)
-        if found is not None:
-            what = f"a turn holds the control token {found}"
-            fix = "remove the token from the text, or remove the row"
-            problems.append(Problem(*split_source(example.source), what, "plain text", fix))
+        try:
+            check_texts(example, control)
+        except DataFault as fault:
+            problems.append(Problem(*split_source(example.source), fault.what, fault.expected, fault.fix))
     if problems:
         raise data_error(problems)
 
@@ -290,31 +332,6 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[i
     return stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def code_of(answer: str) -> str:
-    """The code in an answer: its first Markdown block where it has one, as chat models write it, else the whole."""
-    block = _FENCED.search(answer)
-    return answer if block is None else block.group(1)
-
-
-def run_answers(
-    answers: Sequence[str], tests: Sequence[Sequence[str]], progress: Callable[[int], None] | None = None
-) -> list[ExecutionResult]:
-    """Run each answer's code with its row's assertions, a few child processes at a time.
-
-    Args:
-        answers: What the model wrote; see ``code_of``.
-        tests: The assertions of each row.
-        progress: Called with the number of rows done.
-    """
-    results: list[ExecutionResult] = []
-    with ThreadPoolExecutor(min(CODE_PROCESSES, os.cpu_count() or 1)) as pool:
-        for result in pool.map(run_assertions, map(code_of, answers), tests):  # an exception cancels what waits
-            results.append(result)
-            if progress is not None:
-                progress(len(results))
-    return results
-
-
 def encode_answers(
     examples: Sequence[Example], conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Encoded]:
@@ -331,8 +348,10 @@ def encode_answers(
     encoded: list[Encoded] = []
     problems: list[Problem] = []
     for start in range(0, len(examples), BATCH_ROWS):
-        batch = encode_batch(conversations[start : start + BATCH_ROWS], tokenizer, loss_on="last")
-        for example, row in zip(examples[start : start + BATCH_ROWS], batch, strict=True):
+        rows = examples[start : start + BATCH_ROWS]
+        tools = [example.tools for example in rows]
+        batch = encode_batch(conversations[start : start + BATCH_ROWS], tokenizer, loss_on="last", tools=tools)
+        for example, row in zip(rows, batch, strict=True):
             if isinstance(row, Unencodable):
                 problems.append(Problem(*split_source(example.source), row.reason, row.expected, row.fix))
             else:

@@ -1,4 +1,4 @@
-"""Reads one JSON object from a file that is not trusted: bounded size, UTF-8, no doubled keys, no NaN or Infinity."""
+"""Reads JSON that is not trusted: bounded size, UTF-8, no doubled keys, no NaN or Infinity."""
 
 from __future__ import annotations
 
@@ -21,24 +21,37 @@ _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
-def parse_json_object(text: bytes) -> dict[str, Any]:
-    """Parse ``text`` as one JSON object.
+def parse_json(text: str) -> Any:
+    """Parse ``text`` as JSON.
 
     Raises:
-        ValueError: Not UTF-8, not JSON, not an object, a key twice in one object, nested too deeply, NaN or Infinity,
-            half a character
-            (a lone surrogate), or a number that readers take differently (-0, one beyond the range of a float).
+        ValueError: Not JSON (``JSONDecodeError``, which knows the place), a key twice in one object, nested too deeply,
+            NaN or Infinity.
+    """
+    try:
+        return _DECODER.decode(text)
+    except RecursionError as error:  # brackets that are not closed
+        raise ValueError("it is nested too deeply") from error
+
+
+def json_reason(error: ValueError) -> str:
+    """Why ``parse_json`` refused a text, with the column where that is known; the line is the caller's to say."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error)
+
+
+def parse_json_object(text: bytes) -> dict[str, Any]:
+    """Parse ``text``, which comes from a stranger, as one JSON object.
+
+    Raises:
+        ValueError: As of ``parse_json``, not UTF-8, not an object, too many values, half a character (a lone
+            surrogate), or a number that readers take differently (-0, one beyond the range of a float).
     """
     _refuse_bulk(text)
     try:
-        value = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_no_doubled_keys,
-            parse_constant=_no_constant,
-            parse_int=_plain_int,
-            parse_float=_finite_float,
-        )
-    except RecursionError as error:  # brackets that are not closed
+        value = _EXACT_DECODER.decode(text.decode("utf-8"))
+    except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if _SURROGATE.search(text) is not None:
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character is a ValueError
@@ -78,7 +91,9 @@ def read_json_object(path: Path, *, max_bytes: int, error: type[QloraKitError], 
 def _no_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key appears twice in one object")
+        keys = [key for key, _ in pairs]
+        doubled = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {doubled!r} appears twice in one object")
     return result
 
 
@@ -108,3 +123,9 @@ def _finite_float(text: str) -> float:
 
 def _no_constant(text: str) -> Any:
     raise ValueError(f"{text} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant)
+_EXACT_DECODER = json.JSONDecoder(
+    object_pairs_hook=_no_doubled_keys, parse_constant=_no_constant, parse_int=_plain_int, parse_float=_finite_float
+)

@@ -223,6 +223,17 @@ def test_unknown_task_names_the_nearest_and_the_way_to_a_new_one(tmp_path: Path)
     assert "lacks data.completion, eval.metrics" in fault
 
 
+def test_a_new_task_of_a_whole_format_needs_no_templates(tmp_path: Path) -> None:
+    text = SMALL.replace("sentiment", "pretraining") + "  format: text\n"
+    (fault,) = faults_of(tmp_path, text)
+    assert "or data.format and eval.metrics" in fault
+    task = load_config(write(tmp_path, text + "eval: {metrics: [perplexity]}\n")).task_spec()
+    assert (task.fields, task.system_prompt, task.metrics) == ((), "", ("perplexity",))
+    for format_name in ("auto", "task"):
+        (fault,) = faults_of(tmp_path, text.replace("text", format_name) + "eval: {metrics: [perplexity]}\n")
+        assert "lacks data.prompt, data.completion" in fault
+
+
 def test_a_new_task_from_the_yaml(tmp_path: Path) -> None:
     text = SMALL.replace("sentiment", "titles") + "  prompt: '{body}'\n  completion: '{title}'\neval: {metrics: chrf}\n"
     task = load_config(write(tmp_path, text)).task_spec()

@@ -36,6 +36,15 @@ def test_jsonl_lines_are_counted_over_blank_lines():
     assert rows_of(path) == [("a.jsonl:1", {"a": 1}), ("a.jsonl:3", {"a": "é"})]
 
 
+def test_text_lines_are_rows_as_they_stand():
+    path = write("a.txt", b'\xef\xbb\xbffirst\r\n\n  second, "quoted" \n \nthird')
+    assert rows_of(path) == [
+        ("a.txt:1", {"text": "first"}),
+        ("a.txt:3", {"text": '  second, "quoted" '}),
+        ("a.txt:5", {"text": "third"}),
+    ]
+
+
 def test_json_parquet_and_csv_give_the_same_rows():
     import pyarrow
     import pyarrow.parquet
@@ -72,7 +81,7 @@ def test_byte_order_mark_is_skipped_and_told():
         ("a.jsonl", '{"a": 1}\nnull\n', 2, "the row is null", False),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', 2, "not UTF-8: byte 0xe9 at position 8", False),
         ("a.jsonl", '{"a": 1}\n{"a": "' + "x" * MAX_ROW_BYTES + '"}\n', 2, "longer than 1024 KiB", False),
-        ("a.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", 2, "not readable JSON", False),
+        ("a.jsonl", '{"a": 1}\n' + "[" * 100_000 + "\n", 2, "not valid JSON: it is nested too deeply", False),
         ("a.jsonl", "", None, "the file is empty", True),
         ("a.jsonl", "\n \n", None, "holds no row", True),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), None, "the file is UTF-16", True),
@@ -80,18 +89,24 @@ def test_byte_order_mark_is_skipped_and_told():
         ("a.json", '{"a": 1}', None, "the file holds an object", True),
         ("a.json", '[{"a": 1},\n{"a" 2}]', 2, "not valid JSON", True),
         ("a.json", b'[{"a": 1},\n{"a": "\xe9"}]', 2, "not UTF-8", True),
-        ("a.json", '[{"a": 1}, "text"]', 2, "the row is a string", False),
-        ("a.csv", "a,b\n1,2\n3\n", 3, "1 cells", False),
-        ("a.csv", "a,b\n1,2\n3,4,5\n", 3, "3 cells", False),
-        ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', 3, "not valid CSV: unexpected end of data", False),
+        ("a.json", '[{"a": 1}, "text"]', 2, "the row is text", False),
+        ("a.json", '[{"a": 1}, {"a": NaN}, {"a": 2}]', 2, "NaN is not a JSON number", False),
+        ("a.json", '[{"a": 1}, {"a": NaN}', None, "NaN is not a JSON number", True),
+        ("a.json", '[{"a": NaN}] {"b": 1}', None, "NaN is not a JSON number", True),
+        ("a.json", '[{"a": NaN}[{"b": 1}]', None, "NaN is not a JSON number", True),
+        ("a.json", '{"a": NaN}', None, "NaN is not a JSON number", True),
+        ("a.csv", "\n\na,b\n1,2\n3\n", 5, "the row has 1 cell", False),
+        ("a.csv", "a,b\n1,2\n3\n", 3, "the row has 1 cell", False),
+        ("a.csv", "a,b\n1,2\n3,4,5\n", 3, "the row has 3 cells", False),
+        ("a.csv", 'a,b\n1,2\n3,"4\n5,6\n', 3, "lines 3 to 4 would be one cell", True),
         ("a.csv", 'a,b\n1,2\n3,"4"x\n', 3, "not valid CSV", False),
         ("a.csv", b"a,b\n1,2\n3,\xe9\n", 3, "not UTF-8", False),
         ("a.csv", "a,b\n1,2\n3," + "x" * (MAX_ROW_BYTES + 9) + "\n", 3, "longer than 1024 KiB", False),
-        ("a.csv", "a,a\n1,2\n", 1, "two have the same", True),
+        ("a.csv", "a,a\n1,2\n", 1, "two columns have the same name 'a'", True),
         ("a.csv", "a,b\n", None, "holds no row", True),
         ("a.csv", b"a,\xe9\n1,2\n", 1, "not UTF-8", True),
-        ("a.parquet", "no parquet", None, "not readable as Parquet", True),
-        ("a.txt", "text", None, "unknown file type '.txt'", True),
+        ("a.parquet", "no parquet", None, "does not begin as Parquet does", True),
+        ("a.doc", "text", None, "unknown file type '.doc'", True),
     ],
 )
 def test_each_fault_is_told_with_its_place(name, content, line, reason, stops):

@@ -18,7 +18,8 @@ LAYERS = {
     for layer, names in enumerate(
         (
             "errors suggest regular_file strict_json atomic safetensors_header assertion_child",
-            "tasks formats format_detection metrics config adapters base_keys base_files architecture starter",
+            "tasks conversation tool_calls turns formats format_detection metrics config adapters base_keys base_files"
+            " architecture starter",
             "shard_writer checkpoint data models adapter_loading measured_speed code_execution generation likelihood"
             " scoring",
             "training engine merging adoption data_check",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,9 +13,10 @@ import pytest
 import sacrebleu
 
 from qlora_kit import likelihood
+from qlora_kit.code_execution import code_of
+from qlora_kit.conversation import Example, Message, ToolCall
 from qlora_kit.errors import ConfigError, DataError, GuardError
-from qlora_kit.formats import Example, Message
-from qlora_kit.scoring import TaskScores, code_of, score_task
+from qlora_kit.scoring import TaskScores, check_scorable, score_task
 from qlora_kit.tasks import TASKS, Task
 
 if TYPE_CHECKING:
@@ -252,6 +254,61 @@ def test_perplexity_is_transformers_loss_row_by_row(
     assert scores.score("perplexity").value == pytest.approx(expected, rel=1e-4)
     assert [row.score for row in scores.rows] == pytest.approx([math.exp(n / t) for n, t in rows], rel=1e-4)
     assert scores.score("perplexity").n == len(STORY_ROWS)
+
+
+def test_plain_texts_are_scored_by_the_perplexity_of_the_whole_text(
+    random_model: PreTrainedModel, chatml_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    import torch
+
+    texts = ["Hello world", "The weather is nice today, is it not?", "x"]
+    rows = [Example((), {}, f"f.txt:{line}", text=text) for line, text in enumerate(texts, start=1)]
+    losses = []
+    for text in texts:
+        ids = chatml_tokenizer(text + STOP, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            loss = random_model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        losses.append((float(loss) * (len(ids) - 1), len(ids) - 1))
+    task = Task("own", "", (), "", "", "", ("perplexity",), 16)
+    seen: list[tuple[int, int]] = []
+
+    scores = score_task(
+        random_model,
+        chatml_tokenizer,
+        rows,
+        task,
+        batch_size=2,
+        stop_token_ids=[chatml_tokenizer.convert_tokens_to_ids(STOP)],
+        progress=lambda done, total: seen.append((done, total)),
+    )
+
+    assert [score.metric for score in scores.scores] == ["perplexity"]
+    expected = math.exp(sum(nll for nll, _ in losses) / sum(tokens for _, tokens in losses))
+    assert scores.score("perplexity").value == pytest.approx(expected, rel=1e-4)
+    assert [row.score for row in scores.rows] == pytest.approx([math.exp(n / t) for n, t in losses], rel=1e-4)
+    assert [row.finish_reason for row in scores.rows] == [None] * 3
+    assert seen[-1] == (3, 3)
+    with pytest.raises(ConfigError, match="scored by chrf, but plain texts have no answers"):
+        check_scorable(rows, replace(task, metrics=("perplexity", "chrf")), allow_code_execution=False)
+
+
+def test_a_tool_call_is_compared_as_the_template_writes_it(chatml_tokenizer: PreTrainedTokenizerFast) -> None:
+    tools = ('{"type": "function", "function": {"name": "clock"}}',)
+    messages = (Message("user", "How late is it?"), Message("assistant", "", (ToolCall("clock", '{"zone": "UTC"}'),)))
+    row = Example(messages, {}, "rows.jsonl:1", tools)
+    prompt = chatml_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "How late is it?"}],
+        tools=[json.loads(tools[0])],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    said = '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call>'
+    model = scripted_model(chatml_tokenizer, {prompt: said + STOP})
+    task = Task("own", "", (), "", "", "", ("exact_match",), 128)
+    stops = [chatml_tokenizer.convert_tokens_to_ids(STOP)]
+    scores = score_task(model, chatml_tokenizer, [row], task, batch_size=1, stop_token_ids=stops)
+    assert (scores.score("exact_match").value, scores.stop_rate) == (1, 1)
+    assert scores.rows[0].reference == said
 
 
 def test_the_logits_budget_splits_batches(monkeypatch: pytest.MonkeyPatch) -> None:

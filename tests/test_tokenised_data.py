@@ -88,7 +88,7 @@ def test_a_second_run_takes_what_was_kept_and_reports_the_same(
     write_rows(tmp_path / "train.jsonl", [pair(1), pair(1), {"prompt": "x", "completion": ""}, pair(2)])
     config = make_config("data.on_error=drop")
     first = tokenised_data(config, chatml_tokenizer, cache=cache)
-    monkeypatch.setattr("qlora_kit.data.tokenising.encode_batch", lambda *_, **__: pytest.fail("tokenised again"))
+    monkeypatch.setattr("qlora_kit.data.tokenising.encode_rows", lambda *_, **__: pytest.fail("tokenised again"))
     second = tokenised_data(config, chatml_tokenizer, cache=cache)
     assert (first.from_cache, second.from_cache) == (False, True)
     assert rows_of(second) == rows_of(first)

@@ -34,6 +34,7 @@ from qlora_kit.config.sft_fields import sft_fields
 from qlora_kit.config.train_section import SECTION, Problem, TrainSection, settable_fields, undeclared_problems
 from qlora_kit.config.yaml_source import KeyPath, dump_yaml, parse_value, read_yaml
 from qlora_kit.errors import ConfigError, Fault
+from qlora_kit.formats import TASK_COLUMNS
 from qlora_kit.suggest import advice, nearest
 from qlora_kit.tasks import TASKS, Task, get_task, template_fields
 
@@ -236,8 +237,10 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
     task = values.get("task")
     if not isinstance(task, str) or task in TASKS:
         return
-    made_of = (("data", "prompt"), ("data", "completion"), ("eval", "metrics"))
     sections = {name: values.get(name) for name in ("data", "eval")}
+    made_of = [("data", "prompt"), ("data", "completion"), ("eval", "metrics")]
+    if _mappings(sections) and (sections["data"] or {}).get("format", "auto") not in ("auto", TASK_COLUMNS):
+        made_of = made_of[-1:]  # the rows of such a format are whole without templates
     missing = (
         [f"{s}.{key}" for s, key in made_of if (sections[s] or {}).get(key) is None] if _mappings(sections) else []
     )
@@ -246,13 +249,14 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
             get_task(task)
         except ConfigError as error:
             fault = error.faults[0]
-            fix = f"{fault.fix} (a new task needs data.prompt, data.completion and eval.metrics)"
+            needed = "data.prompt, data.completion and eval.metrics, or data.format and eval.metrics"
+            fix = f"{fault.fix} (a new task needs {needed})"
             yield Problem(("task",), f"is {task!r}, which is no task", fault.expected, fix)
     elif missing:
         what = f"is the new task {task!r}, which lacks {', '.join(missing)}"
         match = nearest(task, TASKS)
         fix = f"set {', '.join(missing)}" + ("" if match is None else f", or did you mean {match!r}?")
-        yield Problem(("task",), what, "data.prompt, data.completion and eval.metrics", fix)
+        yield Problem(("task",), what, " and ".join(map(".".join, made_of)), fix)
 
 
 def _mappings(sections: Mapping[str, Any]) -> bool:

@@ -11,10 +11,17 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qlora_kit.conversation import Message
+from qlora_kit.data.tool_rendering import (
+    PROBE_RESULT,
+    PROBE_TOOL,
+    TOOL_PROBE,
+    missing_from_turn,
+    plain_message,
+)
 from qlora_kit.errors import BaseModelError, DataError
-from qlora_kit.formats import Message
 from qlora_kit.safetensors_header import shown
 
 if TYPE_CHECKING:
@@ -84,7 +91,11 @@ class Cut:
 
 
 def render_texts(
-    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase, *, for_generation: bool
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    for_generation: bool,
+    tools: Sequence[Sequence[str]] | None = None,
 ) -> list[str]:
     """Renders conversations by the tokenizer's chat template.
 
@@ -92,13 +103,12 @@ def render_texts(
         conversations: Messages of each conversation.
         tokenizer: A tokenizer with a chat template.
         for_generation: Whether the text ends with the opening of an assistant turn.
+        tools: The tools of each conversation (``Example.tools``); None for none.
 
     Raises:
         BaseModelError: The tokenizer has no chat template.
         DataError: The template itself refuses a conversation (some take no system message).
     """
-    import jinja2
-
     if not conversations:
         return []
     if tokenizer.chat_template is None:
@@ -107,24 +117,57 @@ def render_texts(
             expected="a base model whose tokenizer carries one (an instruction-tuned model)",
             fix="use the -Instruct variant of the base model",
         )
-    plain = [[{"role": m.role, "content": m.content} for m in messages] for messages in conversations]
+    groups: dict[tuple[str, ...], list[int]] = {}  # one call of the template for all that share their tools
+    for index in range(len(conversations)):
+        groups.setdefault(() if tools is None else tuple(tools[index]), []).append(index)
+    texts = [""] * len(conversations)
+    for schemas, indices in groups.items():
+        plain = [[plain_message(message) for message in conversations[index]] for index in indices]
+        for index, text in zip(indices, _apply_template(plain, schemas, tokenizer, for_generation), strict=True):
+            texts[index] = text
+    return texts
+
+
+def _apply_template(
+    plain: list[list[dict[str, Any]]],
+    schemas: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    for_generation: bool,
+) -> list[str]:
+    import jinja2
+
     try:
         return tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=for_generation, **TEMPLATE_ARGUMENTS
+            plain,
+            tools=[json.loads(schema) for schema in schemas] or None,
+            tokenize=False,
+            add_generation_prompt=for_generation,
+            **TEMPLATE_ARGUMENTS,
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # a template that adds text to what is no text raises TypeError
         raise DataError(
             f"the chat template refuses a conversation: {error}",
-            expected="roles that the base model's template knows",
-            fix="leave out the system message or change the roles",
+            expected="a conversation that the base model's template can render",
+            fix="leave out what it refuses (a system message, a role, several tool calls in a turn), or remove the row",
         ) from error
 
 
-def render_prompts(conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each conversation followed by the opening of an assistant turn, without a second BOS."""
+def render_prompts(
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: Sequence[Sequence[str]] | None = None,
+) -> list[list[int]]:
+    """Token ids of each conversation followed by the opening of an assistant turn, without a second BOS.
+
+    Args:
+        conversations: Messages of each conversation.
+        tokenizer: A tokenizer with a chat template.
+        tools: The tools of each conversation (``Example.tools``); None for none.
+    """
     turn_format = read_turn_format(tokenizer)
-    texts = render_texts(conversations, tokenizer, for_generation=True)
-    cuts = cut_texts(texts, conversations, tokenizer, turn_format)
+    texts = render_texts(conversations, tokenizer, for_generation=True, tools=tools)
+    cuts = cut_texts(texts, conversations, tokenizer, turn_format, tools=tools)
     return [list(chain.from_iterable(pieces)) for pieces in tokenize_cuts(cuts, tokenizer, turn_format)]
 
 
@@ -207,14 +250,22 @@ def cut_texts(
     conversations: Sequence[Sequence[Message]],
     tokenizer: PreTrainedTokenizerBase,
     turn_format: TurnFormat,
+    *,
+    tools: Sequence[Sequence[str]] | None = None,
 ) -> list[Cut]:
     """Cuts rendered conversations before each answer and behind its stop token.
 
-    An answer starts where the prompt before it ends, as the template renders that prompt for generation. A turn whose
-    prompt is not how the whole text starts (some templates rewrite earlier turns) stays uncut and is listed as missed.
+    An answer is the assistant's text, or the tool calls as the template writes them. It starts where the prompt before
+    it ends, as the template renders that prompt for generation. A turn whose prompt is not how the whole text starts
+    (some templates rewrite earlier turns) stays uncut and is listed as missed.
     """
     turns = [(row, turn) for row, messages in enumerate(conversations) for turn in assistant_turns(messages) if turn]
-    prompts = render_texts([conversations[row][:turn] for row, turn in turns], tokenizer, for_generation=True)
+    prompts = render_texts(
+        [conversations[row][:turn] for row, turn in turns],
+        tokenizer,
+        for_generation=True,
+        tools=None if tools is None else [tools[row] for row, _ in turns],
+    )
     prompt_of = dict(zip(turns, prompts, strict=True))
     return [
         _cut_text(
@@ -237,9 +288,9 @@ def _cut_text(text: str, messages: Sequence[Message], prompts: dict[int, str], t
         if not text.startswith(prompt):
             missed[turn] = "the chat template renders the turns before this answer differently once it follows"
             continue
-        end = _answer_end(text, len(prompt), messages[turn].content, turn_format.stop)
-        if end is None:
-            missed[turn] = "the chat template changes the answer's text"
+        end = _answer_end(text, len(prompt), messages[turn], turn_format.stop)
+        if isinstance(end, str):
+            missed[turn] = end
             continue
         pieces += [Piece(text[position : len(prompt)]), Piece(text[len(prompt) : end], turn)]
         position = end
@@ -247,14 +298,55 @@ def _cut_text(text: str, messages: Sequence[Message], prompts: dict[int, str], t
     return Cut(tuple(piece for piece in pieces if piece.text), missed)
 
 
-def _answer_end(text: str, start: int, content: str, stop: str) -> int | None:
-    """Where the stop token behind ``content`` ends; templates may add or strip white space around the answer."""
-    for part in (content.strip(), stop):
+def _answer_end(text: str, start: int, message: Message, stop: str) -> int | str:
+    """Where the stop token behind the answer ends, or why it is not found."""
+    if message.tool_calls:
+        return _calls_end(text, start, message, stop)
+    for part in (message.content.strip(), stop):  # templates may add or strip white space around the answer
         start = start + len(text[start:]) - len(text[start:].lstrip())
         if not text.startswith(part, start):
-            return None
+            return "the chat template changes the answer's text"
         start += len(part)
     return start
+
+
+def _calls_end(text: str, start: int, message: Message, stop: str) -> int | str:
+    """As ``_answer_end`` for a turn of tool calls, which each template writes in a way of its own."""
+    end = text.find(stop, start)
+    if end < 0:
+        return "the chat template ends the tool calls with another token than an answer"
+    missing = missing_from_turn(text[start:end], message)
+    return end + len(stop) if missing is None else f"the chat template leaves out {missing}"
+
+
+def require_tool_support(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Proves on a probe conversation that the chat template renders tools, calls and results.
+
+    Raises:
+        BaseModelError: It leaves one of them out, as templates do that do not know tools.
+    """
+    try:
+        prompt, whole = (
+            render_texts([TOOL_PROBE[:turns]], tokenizer, for_generation=turns == 1, tools=[[PROBE_TOOL]])[0]
+            for turns in (1, len(TOOL_PROBE))
+        )
+    except DataError as error:
+        missing = error.faults[0].what
+    else:
+        in_text = {
+            "the tools": "probe_tool" in prompt and "probe_argument" in prompt,
+            "the tool calls": missing_from_turn(whole[len(prompt) :], TOOL_PROBE[1]) is None,
+            "the tools' results": PROBE_RESULT in whole,
+        }
+        missing = ", ".join(name for name, found in in_text.items() if not found)
+        if not missing:
+            return
+        missing = f"it leaves out {missing}"
+    raise BaseModelError(
+        f"the chat template of {tokenizer.name_or_path or 'the base model'!r} does not know tools: {missing}",
+        expected="a template that renders the column 'tools', tool_calls and tool turns",
+        fix="use a base model that was trained for tool calling (Qwen2.5-Instruct is one), or remove these rows",
+    )
 
 
 def tokenize_cuts(

@@ -5,17 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from qlora_kit.formats import Message
+from qlora_kit.conversation import Example, Message
 
 DIGEST_BYTES = 16
 BUCKET_BITS = 12
 
 
+def example_digest(example: Example) -> bytes:
+    """128-bit digest of what a model learns from an example; equal for exact duplicates.
+
+    Tool calls count by name and arguments, not by their ids, which differ where nothing else does.
+    """
+    if example.text is not None:
+        return _digest(["text", example.text])
+    if example.tools or any(message.tool_calls or message.name is not None for message in example.messages):
+        turns = [
+            (message.role, message.content, message.name, [(call.name, call.arguments) for call in message.tool_calls])
+            for message in example.messages
+        ]
+        return _digest([example.tools, turns])
+    return conversation_digest(example.messages)
+
+
 def conversation_digest(messages: Sequence[Message]) -> bytes:
-    """128-bit digest of all turns; equal for exact duplicates."""
-    turns = json.dumps([(message.role, message.content) for message in messages])
-    return hashlib.blake2b(turns.encode(), digest_size=DIGEST_BYTES).digest()
+    """128-bit digest of the roles and texts of all turns."""
+    return _digest([(message.role, message.content) for message in messages])
+
+
+def _digest(value: list[Any]) -> bytes:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class DigestSet:

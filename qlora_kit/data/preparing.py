@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from qlora_kit.config import DataPart, RunConfig
-from qlora_kit.data.duplicates import DigestSet, conversation_digest
+from qlora_kit.conversation import DataFault, Example, check_texts
+from qlora_kit.data.duplicates import DigestSet, example_digest
 from qlora_kit.data.ledger import DataReport, Ledger, Problem, ReadFile, data_error, locate
 from qlora_kit.data.near_duplicates import NearDuplicates
-from qlora_kit.data.reading import MAX_ROW_BYTES, Item, Note, Row
+from qlora_kit.data.reading import Item, Note, Row
 from qlora_kit.data.sources import DataSource, Sources
 from qlora_kit.format_detection import detect_format, extra_columns
-from qlora_kit.formats import DataFault, Example, to_example
+from qlora_kit.formats import check_format, to_example
 
 logger = logging.getLogger(__name__)
 
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DETECTED_ROWS = 1000  # rows that are looked at before the first is converted; all others are held to their format
 
 
@@ -150,11 +150,9 @@ class Examination:
         items = source.read()
         head = list(islice(items, DETECTED_ROWS))
         columns = _first_lines(head)
-        format_name = part.section.format
-        if format_name == "auto":
-            if not columns:  # the first rows are all faulty: the columns of later ones must say it
-                columns = _first_lines(source.read())
-            format_name = self._detected(split, part, source, columns) or ""
+        if not columns:  # the first rows are all faulty: the columns of later ones must say the format
+            columns = _first_lines(source.read())
+        format_name = self._format_of(split, part, source, columns)
         rows = 0
         stopped = False
         for item in chain(head, items):
@@ -168,18 +166,18 @@ class Examination:
                 rows += 1
                 self.ledger.rows[split.name] += 1
                 columns.setdefault(frozenset(item.values), item.line)
-                example = self._checked(split, part, item, format_name) if format_name else None
+                example = None if format_name is None else self._checked(split, part, item, format_name)
                 if example is not None:
                     split.kept += 1
                     yield example
-        if columns and part.section.format == "auto" and format_name:
-            format_name = self._detected(split, part, source, columns) or ""
-        if columns and format_name:
+        if part.section.format == "auto" and format_name is not None:  # now that the columns of all rows are known
+            format_name = self._format_of(split, part, source, columns)
+        if format_name is not None:
             self._note_unused(part, source, columns, format_name)
             split.formats.setdefault(format_name, source.name)
         if rows:
             self.ledger.files.append(ReadFile(split.name, source.name, source.sha256(), rows))
-        return stopped or (bool(columns) and not format_name)
+        return stopped or (bool(columns) and format_name is None)
 
     def _refuse(self, split: _Split, problem: Problem) -> None:
         """Notes a problem that was met while reading; one of a single row counts as a row, dropped."""
@@ -188,13 +186,18 @@ class Examination:
             self.ledger.rows[split.name] += 1
             self.ledger.record(split.name, locate(problem.file, problem.line), "dropped", problem.reason)
 
-    def _detected(
+    def _format_of(
         self, split: _Split, part: DataPart, source: DataSource, columns: dict[frozenset[str], int]
     ) -> str | None:
+        """The format of a source whose rows have these columns; None where there is none, which the ledger tells."""
         if not columns:
             return None
+        name = part.section.format
         try:
-            return detect_format(columns, part.task, lines=columns.values())
+            if name == "auto":
+                name = detect_format(columns, part.task, lines=columns.values())
+            check_format(name, part.task)
+            return name
         except DataFault as fault:
             self.ledger.refuse(
                 split.name, Problem(source.name, None, fault.what, fault.expected, fault.fix, stops=True)
@@ -212,12 +215,12 @@ class Examination:
         """The row as an example that is to be kept; None when it went to the ledger."""
         try:
             example = to_example(row.values, format=format_name, task=part.task, source=row.source)
-            self._check_text(example)
+            check_texts(example, self._control)
         except DataFault as fault:
             self.ledger.refuse(split.name, Problem(row.file, row.line, fault.what, fault.expected, fault.fix))
             self.ledger.record(split.name, row.source, "dropped", fault.what)
             return None
-        digest = conversation_digest(example.messages)
+        digest = example_digest(example)
         if not split.digests.add(digest):
             self.ledger.record(split.name, row.source, "duplicate", "exact duplicate of an earlier row")
             return None
@@ -250,31 +253,11 @@ class Examination:
             expected = "train rows that no held-out split holds"
             self.ledger.refuse(split.name, Problem(row.file, row.line, reason, expected, fix, stops=True))
 
-    def _check_text(self, example: Example) -> None:
-        for number, message in enumerate(example.messages, start=1):
-            where = f"turn {number} ({message.role})"
-            found = None if self._control is None else self._control.search(message.content)
-            if found is not None:
-                raise DataFault(
-                    f"{where} holds the control token {found.group()}",
-                    expected="plain text, which cannot end or open a turn",
-                    fix="remove the token from the text, or remove the row",
-                )
-            if LONE_SURROGATE.search(message.content):
-                raise DataFault(
-                    f"{where} holds half a character (a lone surrogate)",
-                    expected="whole Unicode characters",
-                    fix="write both halves of the escape, such as \\ud83d\\ude00, or remove the row",
-                )
-        if sum(len(message.content) for message in example.messages) > MAX_ROW_BYTES:
-            limit = f"{MAX_ROW_BYTES // 1024} KiB"
-            raise DataFault(
-                f"the row is longer than {limit}", expected=f"at most {limit}", fix="split or shorten the row"
-            )
-
 
 def _varying_text(example: Example) -> str:
     """What tells rows apart: every turn but the system's, which all rows of a task share."""
+    if example.text is not None:
+        return example.text
     return "\n".join(message.content for message in example.messages if message.role != "system")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import read_turn_format
-from qlora_kit.data.encoding import IGNORED_LABEL, Encoded, LossOn, Unencodable, encode_batch, self_check
+from qlora_kit.data.encoding import IGNORED_LABEL, Encoded, LossOn, Unencodable, encode_rows, self_check
 from qlora_kit.data.ledger import Ledger, Problem, split_source
 from qlora_kit.formats import Example
 
@@ -66,7 +66,7 @@ def tokenise(
         if first:
             self_check(batch[:SELF_CHECKED_ROWS], tokenizer, loss_on=rules.loss_on)
             first = False
-        encodings = encode_batch([example.messages for example in batch], tokenizer, loss_on=rules.loss_on)
+        encodings = encode_rows(batch, tokenizer, loss_on=rules.loss_on)
         kept = []
         for example, encoded in zip(batch, encodings, strict=True):
             row = _kept(example, encoded, rules, ledger=ledger, split=split)
