@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.atomic import atomic_directory, atomic_file, require_free_space
 from qlora_kit.errors import BaseModelError
 from qlora_kit.safetensors_header import TensorLocation, locate_tensors, shown
-from qlora_kit.shard_writer import ShardWriter, TensorSpec, spec_of, torch_dtype_name
+from qlora_kit.shard_writer import ShardWriter, TensorSpec, spec_of, torch_dtype, torch_dtype_name
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ __all__ = [
     "atomic_file",
     "require_free_space",
     "spec_of",
+    "torch_dtype",
     "torch_dtype_name",
 ]
 

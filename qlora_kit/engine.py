@@ -22,7 +22,7 @@ from qlora_kit.data.chat import render_prompts, stop_token_ids
 from qlora_kit.errors import AdapterError
 from qlora_kit.formats import Message
 from qlora_kit.generation import FinishReason, Sampling, generate
-from qlora_kit.models import base_facts, load_base_model, load_tokenizer, quantization_facts
+from qlora_kit.models import base_facts, base_quantization, load_base_model, load_tokenizer, quantization_facts
 
 if TYPE_CHECKING:
     import torch
@@ -67,14 +67,15 @@ class Engine:
             base: ``tiny``, a folder, or a Hub id.
             revision: Commit, tag or branch of a Hub id.
             quantization: How to load it; None for NF4 with double quantization, as adapters are trained by default.
+                The files of a base that is quantized already rule; what is asked for by name must agree with them.
             store: Where adapter names are looked up.
             device: None for the GPU where there is one.
 
         Raises:
-            BaseModelError: The base cannot be found or loaded.
+            BaseModelError: The base cannot be found or loaded, or is quantized already in another way.
         """
-        self.quantization = QuantizationSection() if quantization is None else quantization
         self.ref: BaseRef = resolve_base(base, revision)
+        self.quantization = base_quantization(self.ref, QuantizationSection() if quantization is None else quantization)
         self.tokenizer = load_tokenizer(self.ref)
         self.stop_token_ids = stop_token_ids(self.tokenizer)
         self.store = AdapterStore(store)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import BaseFacts, base_fingerprint
-from qlora_kit.architecture import FAMILIES, read_architecture
 from qlora_kit.base_files import BaseRef, read_model_config
+from qlora_kit.base_layout import prequantized_config, require_described_shapes
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.errors import BaseModelError, ConfigError, Fault
+from qlora_kit.prequantized import agreed_quantization, described_shapes, read_prequantization
 from qlora_kit.safetensors_header import locate_tensors
 from qlora_kit.suggest import nearest
 
@@ -74,33 +75,59 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
+def base_quantization(ref: BaseRef, asked: QuantizationSection) -> QuantizationSection:
+    """How a base is loaded: as asked for; where its files hold 4-bit weights already, as they hold them.
+
+    Raises:
+        BaseModelError: What was asked for by name is not what the files hold, or they are quantized in another way.
+    """
+    found = read_prequantization(read_model_config(ref), where=str(ref.path / "config.json"))
+    return agreed_quantization(asked, found, where=ref.id)
+
+
 def load_base_model(
-    ref: BaseRef, quantization: QuantizationSection, *, device: torch.device | None = None
+    ref: BaseRef,
+    quantization: QuantizationSection,
+    *,
+    device: torch.device | None = None,
+    unquantized: Collection[str] = (),
 ) -> PreTrainedModel:
     """The base on ``device``, its linear layers quantized to 4 bits while loading if ``quantization`` says so.
 
-    Of its generation defaults only the special tokens stay: ``generation.Sampling`` alone says how tokens are chosen.
+    The files of a base that is quantized already rule but for the compute dtype. Of a base's generation defaults only
+    the special tokens stay: ``generation.Sampling`` alone says how tokens are chosen.
+
+    Args:
+        ref: The base.
+        quantization: How to load it.
+        device: None for the GPU where there is one.
+        unquantized: Linear layers that stay as they are, by full name; none leaves the choice to transformers.
 
     Raises:
-        BaseModelError: transformers cannot load it, or weights are missing (it would make them up).
+        BaseModelError: transformers cannot load it, weights are missing (it would make them up), the 4-bit weights of
+            its files are not whole, or ``quantization`` asks for others.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-    _require_described_shapes(ref)
+    quantization = base_quantization(ref, quantization)
+    require_described_shapes(ref)
     device = default_device() if device is None else device
     dtype = compute_dtype(quantization.bnb_4bit_compute_dtype, device)
+    config = prequantized_config(ref, dtype)
     settings = None
-    if quantization.load_in_4bit:
+    if quantization.load_in_4bit and config is None:
         settings = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=sorted(unquantized) or None,
         )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             ref.path,
+            config=config,
             quantization_config=settings,
             dtype=dtype,
             device_map={"": device},
@@ -122,32 +149,14 @@ def load_base_model(
             expected="every weight that config.json describes",
             fix="check that every shard is there and unbroken",
         )
-    _keep_4bit_weights_as_they_are(model)
+    _keep_4bit_weights_as_they_are(model, dtype)
+    if config is not None:
+        _cast_unquantized(model, dtype)
     defaults = model.generation_config
     model.generation_config = GenerationConfig(
         bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
     )
     return model
-
-
-def _require_described_shapes(ref: BaseRef) -> None:
-    """Compare the files with ``config.json``: transformers 5.17 loads a 4-bit base of other shapes in silence."""
-    config = read_model_config(ref)
-    if config.get("model_type") not in FAMILIES:
-        return
-    planned = read_architecture(config, where=str(ref.path / "config.json")).tensors()
-    found = locate_tensors(ref.path, error=BaseModelError)
-    wrong = [
-        f"{name} is {list(place.info.shape)}, not {list(planned[name].shape)}"
-        for name, place in found.items()
-        if name in planned and place.info.dtype != "U8" and place.info.shape != planned[name].shape
-    ]
-    if wrong:
-        raise BaseModelError(
-            f"{ref.path}: the model cannot be loaded, {len(wrong)} weights have another shape: {wrong[0]}",
-            expected="weights of the shapes that config.json describes",
-            fix="check that config.json and the weights belong together",
-        )
 
 
 def linear4bit_modules(model: torch.nn.Module) -> dict[str, Linear4bit]:
@@ -172,35 +181,54 @@ def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def _keep_4bit_weights_as_they_are(model: torch.nn.Module) -> None:
-    """Switch off bitsandbytes' repacking for CPUs with AVX512-BF16.
+def _keep_4bit_weights_as_they_are(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Switch off bitsandbytes' repacking for CPUs with AVX512-BF16, and let every weight dequantize to ``dtype``.
 
     There, the first forward pass in eval mode rounds the block scales to bf16 in place, for good: outputs change, and a
     training step after an evaluation gets no gradient through the base (bitsandbytes 0.50, ``Linear4bit.forward``).
+    A checkpoint's quantization states bring the dtype it was made in: the forward pass ignores it, but the backward
+    pass would round the weights to it.
     """
     for module in linear4bit_modules(model).values():
         module.support_avx512bf16_for_cpu = False
+        module.weight.quant_state.dtype = dtype
+
+
+def _cast_unquantized(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give embeddings, norms and head of a base of 4-bit files the dtype that was asked for.
+
+    transformers 5.23 leaves each tensor named ``weight`` of such a checkpoint in the dtype of its file, and the model
+    would compute in that one.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def code_sample(codes: torch.Tensor) -> str:
+    """A strided sample of a 4-bit weight's packed codes, as hex."""
+    import torch
+
+    flat = codes.reshape(-1).view(torch.uint8)
+    stride = max(1, flat.numel() // CODE_SAMPLES)
+    return bytes(flat[::stride][:CODE_SAMPLES].tolist()).hex()
 
 
 def nf4_code_samples(model: torch.nn.Module) -> dict[str, str]:
-    """A strided sample of each 4-bit weight's packed codes, as hex: equal where two quantizers agree."""
-    import torch
-
-    samples = {}
-    for name, module in linear4bit_modules(model).items():
-        codes = module.weight.data.reshape(-1).view(torch.uint8)
-        stride = max(1, codes.numel() // CODE_SAMPLES)
-        samples[f"{name}.weight"] = bytes(codes[::stride][:CODE_SAMPLES].tolist()).hex()
-    return samples
+    """Each 4-bit weight's ``code_sample``: equal where two quantizers agree."""
+    return {f"{name}.weight": code_sample(module.weight.data) for name, module in linear4bit_modules(model).items()}
 
 
-def quantization_facts(quantization: QuantizationSection, model: torch.nn.Module | None = None) -> dict[str, Any]:
-    """The contract's ``quantization``; with the loaded ``model``, its code samples too."""
+def quantization_facts(quantization: QuantizationSection, model: PreTrainedModel | None = None) -> dict[str, Any]:
+    """The contract's ``quantization``; with the loaded ``model``, what is measured on it too."""
     facts: dict[str, Any] = {"load_in_4bit": quantization.load_in_4bit}
     if quantization.load_in_4bit:
         facts["bnb_4bit_quant_type"] = quantization.bnb_4bit_quant_type
         facts["bnb_4bit_use_double_quant"] = quantization.bnb_4bit_use_double_quant
-        if model is not None:
+    if model is not None:
+        facts["prequantized"] = quantization.load_in_4bit and bool(model.hf_quantizer.pre_quantized)
+        facts["bnb_4bit_compute_dtype"] = str(model.dtype).removeprefix("torch.")
+        if quantization.load_in_4bit:
             facts["nf4_codes"] = nf4_code_samples(model)
     return facts
 
@@ -219,8 +247,15 @@ def base_facts(
     )
 
 
-def attach_lora(model: PreTrainedModel, lora: LoraSection) -> PeftModel:
+def attach_lora(
+    model: PreTrainedModel, lora: LoraSection, token_rows: Mapping[str, Sequence[int]] | None = None
+) -> PeftModel:
     """A PEFT model with one new adapter, ``default``, whose weights are fp32.
+
+    Args:
+        model: The base.
+        lora: The configuration.
+        token_rows: Module name to the token ids whose rows are trained too (``stop_token.choose_token_rows``).
 
     Raises:
         BaseModelError: A target module does not exist in the base.
@@ -238,6 +273,7 @@ def attach_lora(model: PreTrainedModel, lora: LoraSection) -> PeftModel:
         init_lora_weights=lora.init_lora_weights,
         bias=lora.bias,
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices={module: list(ids) for module, ids in token_rows.items()} if token_rows else None,
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         task_type="CAUSAL_LM",
@@ -262,11 +298,9 @@ def require_target_modules(ref: BaseRef, lora: LoraSection) -> None:
     targets = lora.target_modules
     if targets == "all-linear":
         return
-    tensors = locate_tensors(ref.path, error=BaseModelError)
+    shapes = described_shapes(locate_tensors(ref.path, error=BaseModelError))
     modules = {
-        name.removesuffix(".weight")
-        for name, place in tensors.items()
-        if name.endswith(".weight") and len(place.info.shape) == 2
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
     }
     modules = {module for module in modules if module.split(".")[-1] != EMBEDDING}  # its pair is of another kind
     if isinstance(targets, str):
@@ -300,7 +334,7 @@ def adapter_bytes_at_most(ref: BaseRef, lora: LoraSection) -> int:
     Raises:
         BaseModelError: The weight files are damaged.
     """
-    tensors = {name: place.info.shape for name, place in locate_tensors(ref.path, error=BaseModelError).items()}
+    tensors = described_shapes(locate_tensors(ref.path, error=BaseModelError))
     r = max(lora.r, *lora.rank_pattern.values(), 0)
     pairs = sum(r * sum(shape) for shape in tensors.values() if len(shape) == 2)
     saved = sum(
@@ -308,7 +342,9 @@ def adapter_bytes_at_most(ref: BaseRef, lora: LoraSection) -> int:
         for name, shape in tensors.items()
         if any(f".{module}." in f".{name}" for module in lora.modules_to_save)
     )
-    return FP32_BYTES * (pairs + saved)
+    rows = 1 if lora.trainable_token_indices == "auto" else len(lora.trainable_token_indices or ())
+    widest = max((shape[1] for shape in tensors.values() if len(shape) == 2), default=0)
+    return FP32_BYTES * (pairs + saved + 2 * rows * widest)  # of the embedding and of the head
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

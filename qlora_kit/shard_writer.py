@@ -65,6 +65,21 @@ def torch_dtype_name(dtype: torch.dtype) -> str:
     return _TORCH_DTYPES[name]
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors name (``BF16`` -> ``torch.bfloat16``).
+
+    Raises:
+        ValueError: torch has no such dtype.
+    """
+    import torch
+
+    for dtype, known in _TORCH_DTYPES.items():
+        if known == name:
+            found: torch.dtype = vars(torch)[dtype]
+            return found
+    raise ValueError(f"torch has no dtype for {name}")
+
+
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """The spec that ``tensor`` is written under."""
     return TensorSpec(torch_dtype_name(tensor.dtype), tuple(tensor.shape))

@@ -60,7 +60,7 @@ def test_each_format_has_three_rows_that_are_read_and_learned(
     data = read(heading)
     assert len(data.train) == 3
     assert list(data.ledger.entries) == []
-    assert data.ledger.problems == []
+    assert data.ledger.problems == ()
     assert data.ledger.notes == []
     self_check(data.train, tiny_tokenizer, loss_on="all_assistant")
     for row in encode_rows(data.train, tiny_tokenizer, loss_on="all_assistant"):

@@ -534,7 +534,6 @@ def test_lora_on_a_tied_head_is_refused(world: World, tmp_path: Path, out: Path)
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias=lora_only"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused_by_name(
@@ -630,8 +629,10 @@ def test_a_merge_and_a_quantized_model_are_no_bases(plain: tuple[Path, Path], tm
     base = tmp_path / "quantized"
     shutil.copytree(plain[1], base)
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
-    refused(BaseModelError, "quantized already", plain[0], out, base)
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    refused(BaseModelError, "quantized already", plain[0], out, base, onto="original")
+    refused(BaseModelError, "not quantized as config.json says", plain[0], out, base)
 
 
 def test_too_little_disk_or_memory_is_said_before_anything_is_written(

@@ -199,8 +199,12 @@ def test_code_samples_are_those_of_bitsandbytes_itself(nf4_model: PreTrainedMode
 def test_quantization_facts_say_what_was_asked_for(nf4_model: PreTrainedModel) -> None:
     facts = quantization_facts(NF4, nf4_model)
     assert facts.pop("nf4_codes") == nf4_code_samples(nf4_model)
-    assert facts == {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    assert quantization_facts(QuantizationSection(load_in_4bit=False), nf4_model) == {"load_in_4bit": False}
+    measured = {"prequantized": False, "bnb_4bit_compute_dtype": "float32"}
+    asked = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    assert facts == {**asked, **measured}
+    plain = QuantizationSection(load_in_4bit=False)
+    assert quantization_facts(plain, nf4_model) == {"load_in_4bit": False, **measured}
+    assert quantization_facts(NF4) == asked
 
 
 def test_the_base_in_full_precision_is_the_one_on_disk(random_base: Path) -> None:

@@ -4,7 +4,14 @@ from qlora_kit.adapters.card import AdapterCard, AdapterDetails, no_base_given
 from qlora_kit.adapters.contract import AdapterContract, BaseFacts, BaseIdentity, DataFile
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint
-from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder, pair_faults, require_shareable
+from qlora_kit.adapters.gate import (
+    AdapterFiles,
+    LoraPair,
+    check_adapter_folder,
+    pair_faults,
+    require_shareable,
+    token_row_faults,
+)
 from qlora_kit.adapters.snapshot import AdapterSnapshot, read_adapter
 from qlora_kit.adapters.store import AdapterStore, StoreListing, check_name
 
@@ -28,4 +35,5 @@ __all__ = [
     "pair_faults",
     "read_adapter",
     "require_shareable",
+    "token_row_faults",
 ]

@@ -18,6 +18,7 @@ from qlora_kit.adapters.contract_file import (
 )
 from qlora_kit.errors import AdapterError, Fault
 
+_FILES = {True: "files of 4-bit weights (prequantized)", False: "files of unquantized weights"}
 _QUANTIZATION_KEYS = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
@@ -203,7 +204,7 @@ class AdapterContract:
             return []
         effect = "the adapter learned to correct another rounding of the weights: answers drift from what was evaluated"
         four_bit = self.quantization.get("load_in_4bit") and at_hand.get("load_in_4bit", True)
-        faults = []
+        faults = self._prequantized_faults(at_hand.get("prequantized"))
         for key in _QUANTIZATION_KEYS if four_bit else _QUANTIZATION_KEYS[:1]:
             if key in self.quantization and key in at_hand and self.quantization[key] != at_hand[key]:
                 trained = f"{key}: {json.dumps(self.quantization[key])}"
@@ -219,6 +220,15 @@ class AdapterContract:
             )
             faults.append(Fault(what, "the 4-bit codes of training", fix))
         return faults
+
+    def _prequantized_faults(self, at_hand: bool | None) -> list[Fault]:
+        """A base of 4-bit files and the model it was quantized from are two bases, with two fingerprints: say so."""
+        trained = self.quantization.get("prequantized")
+        if trained is None or at_hand is None or trained == at_hand:
+            return []
+        held, found = _FILES[trained], _FILES[at_hand]
+        fix = f"load the adapter on the base it was trained on, {self.base.id}, or train an adapter for this one"
+        return [Fault(f"base files: trained on {held}, at hand are {found}", held, fix)]
 
     def _conversation_faults(self, base: BaseFacts) -> list[Fault]:
         faults = []

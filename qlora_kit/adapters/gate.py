@@ -57,6 +57,7 @@ class AdapterFiles:
         tensors: Every tensor of the file.
         pairs: By the base's module name (``model.layers.0.self_attn.q_proj``).
         extra_tensors: Tensors beside the pairs that the configuration declares (magnitudes, saved modules, tokens).
+        token_rows: Trained rows of embedding and head: the base's module name to the rows' numbers.
         base_tensors: Biases that loading would write over the base's own (``bias`` in the configuration): such an
             adapter must not be loaded onto a base that other adapters share.
         bytes: Size of its own files together.
@@ -69,8 +70,14 @@ class AdapterFiles:
     tensors: Mapping[str, TensorInfo]
     pairs: Mapping[str, LoraPair]
     extra_tensors: tuple[str, ...]
+    token_rows: Mapping[str, tuple[int, ...]]
     base_tensors: tuple[str, ...]
     bytes: int
+
+    @staticmethod
+    def token_tensor(module: str) -> str:
+        """The tensor that holds the trained rows of ``module``: (rows, hidden size)."""
+        return f"{_PREFIX}{module}{_TOKENS_END}"
 
 
 def check_adapter_folder(folder: Path) -> AdapterFiles:
@@ -142,6 +149,9 @@ def _described(folder: Path, settings: LoraSettings, file: BinaryIO) -> AdapterF
         tensors=tensors,
         pairs=pairs,
         extra_tensors=tuple(extra),
+        token_rows={
+            module: settings.token_ids_of(module) for module, end in map(_split_name, tensors) if end == _TOKENS_END
+        },
         base_tensors=tuple(base),
         bytes=sum(path.stat().st_size for path in own) + os.fstat(file.fileno()).st_size,
     )
@@ -184,6 +194,30 @@ def require_shareable(files: AdapterFiles) -> None:
             expected="an adapter that leaves the shared base as it is",
             fix="train it without biases (bias: none)",
         )
+
+
+def token_row_faults(files: AdapterFiles, matrices: Mapping[str, tuple[int, ...]]) -> list[Fault]:
+    """What keeps an adapter's trained rows from fitting a base.
+
+    Args:
+        files: A checked adapter.
+        matrices: Shapes of the base's embedding and head, (rows, hidden size), by module name; 4-bit ones left out.
+    """
+    fix = "load the adapter on the base it was trained on, or train an adapter for this base"
+    faults = []
+    for module, ids in files.token_rows.items():
+        shape = matrices.get(module)
+        found = files.tensors[files.token_tensor(module)].shape
+        if shape is None or len(shape) != 2:
+            what = f"{files.weights}: brings rows of {shown(module)}, which the base lacks or holds in 4 bits"
+            faults.append(Fault(what, f"rows of one of {', '.join(matrices)}", fix))
+        elif found[1] != shape[1] or max(ids) >= shape[0]:
+            what = f"{files.weights}: brings rows up to {max(ids)} of {shown(module)}, {found[1]} numbers each"
+            faults.append(Fault(what, f"rows of the base's {shape[0]} x {shape[1]} matrix", fix))
+    if files.config.trainable_token_indices and not files.token_rows:
+        what = f"{files.weights}: holds no trained rows, though {CONFIG_FILE} declares some"
+        faults.append(Fault(what, "a tensor for the declared rows", _UNTRUSTED))
+    return faults
 
 
 def require_regular_file(path: Path) -> None:

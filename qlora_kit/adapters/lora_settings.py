@@ -147,14 +147,16 @@ class LoraSettings:
             return self.bias != "none" and self.targets(module.removesuffix(".base_layer"))
         return self.bias == "all" and "lora_" not in module
 
+    def token_ids_of(self, module: str) -> tuple[int, ...]:
+        """The rows of ``module`` that ``trainable_token_indices`` declares."""
+        for key, rows in self.trainable_token_indices.items():
+            if module == key or module.endswith(f".{key}"):
+                return rows
+        return ()
+
     def adapts_tokens(self, module: str, shape: tuple[int, ...]) -> bool:
         """Whether ``trainable_token_indices`` declares rows of ``module``, as many as ``shape`` has."""
-        counts = [
-            len(rows)
-            for key, rows in self.trainable_token_indices.items()
-            if module == key or module.endswith(f".{key}")
-        ]
-        return len(shape) == 2 and shape[0] in counts
+        return len(shape) == 2 and 0 < shape[0] == len(self.token_ids_of(module))
 
 
 def read_lora_settings(path: Path) -> LoraSettings:
@@ -283,6 +285,10 @@ def _is_indices(value: Any) -> bool:
     return isinstance(value, list) and all(_is_index(item) for item in value)
 
 
+def _is_token_ids(value: Any) -> bool:
+    return _is_indices(value) and len(set(value)) == len(value)
+
+
 def _is_auto_mapping(value: Any) -> bool:
     """PEFT imports the module named here; transformers' own are what it writes itself."""
     return value is None or (
@@ -326,11 +332,11 @@ _KINDS: dict[str, _Kind] = {
     ),
     "modules_to_save": ("null or a list of module names", lambda value: value is None or _is_names(value)),
     "trainable_token_indices": (
-        "null, a list of token ids, or an object of module names to such lists",
+        "null, a list of token ids, each once, or an object of module names to such lists",
         lambda value: (
             value is None
-            or _is_indices(value)
-            or (isinstance(value, dict) and all(_is_name(key) and _is_indices(rows) for key, rows in value.items()))
+            or _is_token_ids(value)
+            or (isinstance(value, dict) and all(_is_name(key) and _is_token_ids(rows) for key, rows in value.items()))
         ),
     ),
     "bias": (

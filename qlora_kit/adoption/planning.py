@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.adapters import (
     AdapterContract,
@@ -22,13 +22,14 @@ from qlora_kit.adapters.card import RUN_CONFIG_FILE
 from qlora_kit.adapters.contract_file import TRAINED
 from qlora_kit.adapters.store import NAME_PATTERN
 from qlora_kit.base_files import BaseRef, read_model_config, resolve_base, resolve_description
+from qlora_kit.base_layout import read_layout
 from qlora_kit.config import QuantizationSection, RunConfig, load_config
 from qlora_kit.data.chat import control_tokens
 from qlora_kit.data.preparing import prepare
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.generation import Sampling
-from qlora_kit.merging.planning import read_layout
 from qlora_kit.models import base_facts, load_tokenizer
+from qlora_kit.prequantized import agreed_quantization, read_prequantization
 from qlora_kit.safetensors_header import shown
 from qlora_kit.scoring import encode_answers, with_system
 from qlora_kit.suggest import nearest
@@ -188,7 +189,8 @@ def _check_claims(claims: Claims) -> None:
 def _candidates(files: AdapterFiles, described: BaseRef, claims: Claims) -> tuple[QuantizationSection, ...]:
     """How the base may have been loaded in training."""
     in_16_bit = QuantizationSection(load_in_4bit=False)
-    stored = read_model_config(described).get("quantization_config")
+    where = str(described.path / "config.json")
+    stored = read_prequantization(read_model_config(described), where=where)
     if stored is not None:
         if claims.trained_in == "16bit" or claims.quant_type is not None or claims.double_quant is not None:
             raise AdapterError(
@@ -196,11 +198,11 @@ def _candidates(files: AdapterFiles, described: BaseRef, claims: Claims) -> tupl
                 expected="--trained-in 4bit or nothing, and neither --quant-type nor --double-quant",
                 fix="leave these options out, or give the base in 16 bits with --base",
             )
-        return (_four_bit(claims, stored if isinstance(stored, dict) else {}),)
+        return (agreed_quantization(QuantizationSection(), stored, where=described.id),)
     if claims.trained_in is not None:
-        return (_four_bit(claims, {}) if claims.trained_in == "4bit" else in_16_bit,)
+        return (_four_bit(claims) if claims.trained_in == "4bit" else in_16_bit,)
     if claims.validation:
-        return _four_bit(claims, {}), in_16_bit
+        return _four_bit(claims), in_16_bit
     named = files.config.base_model_name_or_path
     hint = "" if named is None or "bnb-4bit" not in named else f" (its configuration names {shown(named)}: 4bit)"
     raise AdapterError(
@@ -210,11 +212,9 @@ def _candidates(files: AdapterFiles, described: BaseRef, claims: Claims) -> tupl
     )
 
 
-def _four_bit(claims: Claims, stored: dict[str, Any]) -> QuantizationSection:
-    """As the base's own files say, else as claimed, else as bitsandbytes is used for QLoRA."""
-    kind = stored.get("bnb_4bit_quant_type") or claims.quant_type
-    double = stored.get("bnb_4bit_use_double_quant", claims.double_quant)
-    settings = {"bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": double}
+def _four_bit(claims: Claims) -> QuantizationSection:
+    """As claimed, else as bitsandbytes is used for QLoRA."""
+    settings = {"bnb_4bit_quant_type": claims.quant_type, "bnb_4bit_use_double_quant": claims.double_quant}
     return QuantizationSection.model_validate({name: value for name, value in settings.items() if value is not None})
 
 

@@ -24,8 +24,9 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
         BaseModelError: The base cannot be found or loaded.
     """
     from qlora_kit.adapters import CONTRACT_FILE, BaseFacts, base_fingerprint
-    from qlora_kit.base_files import resolve_base
+    from qlora_kit.base_files import read_model_config, resolve_base
     from qlora_kit.config.trained_quantization import trained_quantization
+    from qlora_kit.prequantized import read_prequantization
 
     contracts = _checked_contracts(base, adapters, store)
     if not contracts:
@@ -36,7 +37,8 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
     named, revision = (contract.base.id, contract.base.revision) if base is None else (base, None)
     quantization = trained_quantization(folder / CONTRACT_FILE, contract.quantization)
     ref = resolve_base(named, revision)
-    facts = BaseFacts(ref.id, ref.revision, fingerprint=base_fingerprint(ref.path))
+    held = read_prequantization(read_model_config(ref), where=str(ref.path / "config.json"))
+    facts = BaseFacts(ref.id, ref.revision, base_fingerprint(ref.path), quantization={"prequantized": held is not None})
     for other in contracts.values():
         other.require_match(facts)
     from qlora_kit.engine import Engine

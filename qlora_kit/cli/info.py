@@ -33,22 +33,40 @@ def info(
     architecture = read_architecture(config, where=str(ref.path / "config.json"))
     stops = read_stop_facts(ref.path, config)
     differences = _weight_differences(architecture, ref.path)
+    quantization = _quantization(config, where=str(ref.path / "config.json"))
     if json:
-        print_json(_as_json(architecture, stops, differences, r=r))
+        print_json({**_as_json(architecture, stops, differences, r=r), "quantization": quantization})
     else:
-        _show(ref.id, architecture, stops, differences=differences, r=r)
+        _show(ref.id, architecture, stops, differences=differences, quantization=quantization, r=r)
+
+
+def _quantization(config: dict[str, Any], *, where: str) -> str | None:
+    """How the base's files are quantized already, or why the kit does not take them; None for plain weights."""
+    from qlora_kit.errors import BaseModelError
+    from qlora_kit.prequantized import read_prequantization
+
+    try:
+        held = read_prequantization(config, where=where)
+    except BaseModelError as error:
+        return error.faults[0].what
+    if held is None:
+        return None
+    return f"4 bits already: bitsandbytes {held.quant_type}{', double quantization' if held.double_quant else ''}"
 
 
 def _weight_differences(architecture: Architecture, folder: Path) -> tuple[str, ...] | None:
     """How the weight files differ from the config; None where there are none. Files that cannot be read differ too."""
     from qlora_kit.architecture import weight_differences
     from qlora_kit.errors import BaseModelError
+    from qlora_kit.prequantized import read_packed_weights
     from qlora_kit.safetensors_header import locate_tensors
 
     if not any(folder.glob("*.safetensors")):
         return None
     try:
-        return weight_differences(architecture, locate_tensors(folder, error=BaseModelError))
+        tensors = locate_tensors(folder, error=BaseModelError)
+        read_packed_weights(tensors)
+        return weight_differences(architecture, tensors)
     except BaseModelError as error:
         return tuple(fault.what for fault in error.faults)
 
@@ -85,7 +103,13 @@ def _as_json(
 
 
 def _show(
-    name: str, architecture: Architecture, stops: StopFacts, *, differences: tuple[str, ...] | None, r: int
+    name: str,
+    architecture: Architecture,
+    stops: StopFacts,
+    *,
+    differences: tuple[str, ...] | None,
+    quantization: str | None,
+    r: int,
 ) -> None:
     from rich.markup import escape
     from rich.tree import Tree
@@ -97,7 +121,7 @@ def _show(
         f"parameters  {total:,}": _part_lines(architecture),
         "shape": _shape_lines(architecture),
         "positions": _position_lines(architecture),
-        "weights": _weight_lines(architecture, differences),
+        "weights": _weight_lines(architecture, differences, quantization),
         "turns": _stop_lines(stops),
         f"LoRA, r = {r}: {trainable:,} trainable ({trainable / total:.2%})": [
             f"{target:<10} {shape.out_features:>7,} x {shape.in_features:<7,} in {shape.layers} layers"
@@ -140,13 +164,15 @@ def _position_lines(architecture: Architecture) -> list[str]:
     return lines
 
 
-def _weight_lines(architecture: Architecture, differences: tuple[str, ...] | None) -> list[str]:
-    dtype = f"dtype {architecture.dtype or 'not given'}"
+def _weight_lines(
+    architecture: Architecture, differences: tuple[str, ...] | None, quantization: str | None
+) -> list[str]:
+    lines = [f"dtype {architecture.dtype or 'not given'}", *([] if quantization is None else [quantization])]
     if differences is None:
-        return [dtype, "no weight files here: counted from config.json alone"]
+        return [*lines, "no weight files here: counted from config.json alone"]
     if not differences:
-        return [dtype, "the headers of the weight files agree with config.json"]
-    return [dtype, "the weight files do NOT agree with config.json:", *differences]
+        return [*lines, "the headers of the weight files agree with config.json"]
+    return [*lines, "the weight files do NOT agree with config.json:", *differences]
 
 
 def _stop_lines(stops: StopFacts) -> list[str]:

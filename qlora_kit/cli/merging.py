@@ -55,6 +55,8 @@ def _show(result: MergeResult) -> None:
 
     table = Table(title=Text(str(result.output_dir), "table.title"), show_header=False)
     table.add_row("merged onto", Text(f"{result.base}, {result.onto}"))
+    if result.base_match == "nf4_codes":
+        table.add_row("base", "the 16-bit model of the 4-bit files that were trained on, by its 4-bit codes")
     table.add_row("weights", f"{in_units(result.weight_bytes)}, {result.changed_weights:,} numbers changed")
     table.add_row("time and peak memory", f"{result.seconds:.1f} s, {in_units(result.peak_rss_bytes)}")
     verification = result.verification

@@ -79,9 +79,22 @@ def _alphas(value: dict[str, int]) -> dict[str, int]:
     return value
 
 
+def _token_ids(value: object) -> object:
+    """PEFT's list of token ids; ``auto``, or null (also as the text ``none``) for none."""
+    if value is None or value == "none":
+        return None
+    if value == "auto":
+        return value
+    ids = value if isinstance(value, list | tuple) else [value]
+    if not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise wrong_value("auto, null, or a list of token ids")
+    return tuple(ids)
+
+
 Modules = Annotated[str | tuple[str, ...], BeforeValidator(_modules)]
 Template = Annotated[str | None, BeforeValidator(_template)]
 Metrics = Annotated[tuple[str, ...], BeforeValidator(_metrics)]
+TokenIndices = Annotated[Literal["auto"] | tuple[int, ...] | None, BeforeValidator(_token_ids)]
 RankPattern = Annotated[dict[str, int], AfterValidator(_ranks)]
 AlphaPattern = Annotated[dict[str, int], AfterValidator(_alphas)]
 
@@ -137,6 +150,9 @@ class LoraSection(BaseModel):
     """Biases are not trained: PEFT would write them over the shared base, and no merge carries them."""
     modules_to_save: Names = ()
     """Modules trained and saved whole."""
+    trainable_token_indices: TokenIndices = "auto"
+    """Token ids whose rows of embedding and head are trained; ``auto``: the stop token's, where the base never was
+    trained on it."""
     rank_pattern: RankPattern = {}
     """Module pattern -> its own rank."""
     alpha_pattern: AlphaPattern = {}

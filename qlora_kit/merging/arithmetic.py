@@ -8,8 +8,27 @@ from qlora_kit.config import QuantizationSection
 
 if TYPE_CHECKING:
     import torch
+    from bitsandbytes.functional import QuantState
 
 BLOCK_SIZE = 64  # transformers leaves Params4bit's own default
+
+
+def quantize_as_loaded(weight: torch.Tensor, quantization: QuantizationSection) -> tuple[torch.Tensor, QuantState]:
+    """Packed 4-bit codes and quantization state of ``weight``, as loading in 4 bits makes them.
+
+    Args:
+        weight: (out_features, in_features), any float dtype; bitsandbytes quantizes its fp32 values.
+        quantization: The 4-bit type, and whether the block scales are quantized too.
+    """
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    return quantize_4bit(
+        weight.to(torch.float32).contiguous(),
+        blocksize=BLOCK_SIZE,
+        compress_statistics=quantization.bnb_4bit_use_double_quant,
+        quant_type=quantization.bnb_4bit_quant_type,
+    )
 
 
 def four_bit_round_trip(weight: torch.Tensor, quantization: QuantizationSection) -> torch.Tensor:
@@ -22,16 +41,9 @@ def four_bit_round_trip(weight: torch.Tensor, quantization: QuantizationSection)
     Returns:
         fp32, (out_features, in_features).
     """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
-    codes, state = quantize_4bit(
-        weight.to(torch.float32).contiguous(),
-        blocksize=BLOCK_SIZE,
-        compress_statistics=quantization.bnb_4bit_use_double_quant,
-        quant_type=quantization.bnb_4bit_quant_type,
-    )
-    return dequantize_4bit(codes, state)
+    return dequantize_4bit(*quantize_as_loaded(weight, quantization))
 
 
 def lora_delta(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

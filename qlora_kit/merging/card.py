@@ -14,6 +14,11 @@ _ONTO = {
 }
 
 
+_CODES = (
+    "The adapter was trained on a 4-bit checkpoint; this base quantizes to the 4-bit codes that its contract samples. "
+)
+
+
 def model_card(result: MergeResult, plan: MergePlan) -> str:
     """A short card: what was merged onto what, how to load it, and what the verification measured."""
     on_hub = HUB_ID.match(result.base) is not None and not Path(result.base).is_dir()
@@ -25,6 +30,7 @@ def model_card(result: MergeResult, plan: MergePlan) -> str:
         f"# {result.adapter} merged into {base}\n\n"
         f"The adapter `{result.adapter}`{_task(plan)} merged by qlora-kit into {base}{revision}, onto "
         f"{_ONTO[result.onto]}: W + scaling · B·A in fp32, rounded once. "
+        f"{_CODES if result.base_match == 'nf4_codes' else ''}"
         "Load it with `AutoModelForCausalLM.from_pretrained`; do not quantize it "
         f"to 4 bits again without measuring what that costs.{_prompt(plan)}\n\n{_measured(result)}\n"
     )

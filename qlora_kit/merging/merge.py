@@ -36,7 +36,9 @@ def merge_adapter(
 
     Onto ``dequantized``, each linear weight that bitsandbytes quantizes, adapted or not, first becomes what the 4-bit
     layers computed with in training. Onto ``original`` the base's own weights are used; an adapter that was trained
-    in 4 bits was not trained on them, and the drift is reported. ``verifying.verify_merge`` says what is verified.
+    in 4 bits was not trained on them, and the drift is reported. A base of 4-bit files is dequantized to the dtype of
+    its other tensors; ``original`` then takes the 16-bit model that it was quantized from. ``verifying.verify_merge``
+    says what is verified.
 
     Args:
         adapter: The adapter's folder.
@@ -51,7 +53,7 @@ def merge_adapter(
 
     Raises:
         AdapterError: The adapter is unsound, is for another base, changes nothing, or cannot be merged.
-        BaseModelError: The base is missing, damaged, quantized already, or a merge itself.
+        BaseModelError: The base is missing, damaged, a merge itself, or for ``original`` quantized already.
         OutputError: ``out`` is occupied or does not fit, or memory does not suffice for verifying.
         GuardError: The written files are not base + adapter; nothing is left of them.
     """
@@ -73,6 +75,7 @@ def merge_adapter(
             base=plan.base.id,
             revision=plan.base.revision,
             onto=plan.onto,
+            base_match=plan.base_match,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=_peak_rss_bytes(),
             weight_bytes=weights.weight_bytes,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -16,14 +17,20 @@ from qlora_kit.adapters import (
     check_adapter_folder,
     no_base_given,
     pair_faults,
+    token_row_faults,
 )
 from qlora_kit.base_files import BaseRef, read_model_config, resolve_base
-from qlora_kit.checkpoint import TensorSource, require_free_space
+from qlora_kit.base_layout import BaseLayout, read_layout, require_described_packing, require_described_shapes
+from qlora_kit.checkpoint import TensorSource, TensorSpec, require_free_space
 from qlora_kit.config import QuantizationSection
 from qlora_kit.config.trained_quantization import trained_quantization
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
-from qlora_kit.models import base_facts, load_tokenizer
-from qlora_kit.safetensors_header import DTYPE_BYTES, shown
+from qlora_kit.merging.base_tensors import output_specs
+from qlora_kit.merging.same_codes import layout_of_codes, require_same_codes
+from qlora_kit.merging.token_rows import TrainedRows, locate_trained_rows
+from qlora_kit.models import base_facts, base_quantization, load_tokenizer
+from qlora_kit.prequantized import PackedWeight, Prequantization, read_packed_weights, read_prequantization
+from qlora_kit.safetensors_header import locate_tensors, shown
 
 REPORT_FILE = "merge_report.json"
 WEIGHT_DTYPES = ("F16", "BF16", "F32")
@@ -32,21 +39,7 @@ _FP32_BYTES = 4
 _VERIFY_MARGIN = 1.3  # activations, logits, and what loading holds beside the weights
 
 Onto = Literal["dequantized", "original", "auto"]
-
-
-@dataclass(frozen=True)
-class BaseLayout:
-    """The base's linear layers, as transformers builds them.
-
-    Attributes:
-        linear_shapes: (out_features, in_features) by module name, the head included.
-        quantized: Those that loading in 4 bits replaces (transformers leaves the head, and whatever is tied, alone).
-        tied: Modules whose weight is shared with another one.
-    """
-
-    linear_shapes: Mapping[str, tuple[int, int]]
-    quantized: frozenset[str]
-    tied: frozenset[str]
+BaseMatch = Literal["fingerprint", "nf4_codes"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +53,11 @@ class MergePlan:
         onto: ``dequantized`` or ``original``.
         quantization: How the base is quantized: for ``dequantized``, before the merge; else as trained, if known.
         layout: The base's linear layers.
+        packed: Those of the base's tensors that are 4-bit weights in its files already.
+        specs: The tensors of the output.
+        token_rows: Tensors of the output with rows that the adapter brings trained.
+        base_match: What shows that the base is the one of training: its ``fingerprint``; or, for the 16-bit model of a
+            base that was quantized already, the ``nf4_codes`` that it quantizes to. None without a contract.
     """
 
     adapter: AdapterFiles
@@ -68,6 +66,10 @@ class MergePlan:
     onto: Literal["dequantized", "original"]
     quantization: QuantizationSection
     layout: BaseLayout
+    packed: Mapping[str, PackedWeight]
+    specs: Mapping[str, TensorSpec]
+    token_rows: Mapping[str, TrainedRows]
+    base_match: BaseMatch | None
 
     def round_trips(self, tensor: str) -> bool:
         """Whether the base's tensor goes through its 4-bit round trip."""
@@ -93,53 +95,41 @@ def plan_merge(
     _refuse_unsupported(files)
     contract = None if files.contract is None else AdapterContract.load(files.contract)
     chosen, quantization = _choose_onto(files, contract, onto)
+    _require_16_bit_base(files, contract, chosen, base)
     ref = _find_base(files, contract, base, revision)
-    _refuse_unmergeable_base(ref)
+    held = read_prequantization(read_model_config(ref), where=str(ref.path / "config.json"))
+    _refuse_unmergeable_base(ref, held, chosen)
     _refuse_overlap(out, {"adapter": adapter, "base": ref.path})
+    match = _base_match(contract, chosen)
     with TensorSource(ref.path) as source:
-        if contract is not None:
-            facts = BaseFacts(id=ref.id, revision=ref.revision, fingerprint=base_fingerprint(ref.path))
-            contract.require_match(facts)
-        require_free_space(out, source.total_bytes + _SMALL_FILES_BYTES)
+        if contract is not None and match == "fingerprint":
+            files_held = {"prequantized": held is not None}
+            contract.require_match(BaseFacts(ref.id, ref.revision, base_fingerprint(ref.path), quantization=files_held))
+        quantization = base_quantization(ref, quantization)
+        packed = read_packed_weights(locate_tensors(ref.path, error=BaseModelError))
+        specs = output_specs(source, packed)
+        require_free_space(out, sum(spec.size_bytes for spec in specs.values()) + _SMALL_FILES_BYTES)
         if verify:
-            _require_memory(source)
+            _require_memory(specs)
         if contract is not None:
-            contract.require_match(base_facts(ref, load_tokenizer(ref)))
+            _require_conversation_match(contract, ref)
+        if held is not None:
+            require_described_shapes(ref)
+            require_described_packing(ref)
         layout = read_layout(ref)
-        _refuse_misfit(files, layout, source)
-    return MergePlan(files, contract, ref, chosen, quantization, layout)
+        if contract is not None and match == "nf4_codes":
+            layout = layout_of_codes(layout, contract, files.folder)
+        _refuse_misfit(files, layout, source, packed)
+        rows = _token_rows(files, layout, specs, packed)
+        if contract is not None and match == "nf4_codes":
+            require_same_codes(source, contract, quantization)
+    return MergePlan(files, contract, ref, chosen, quantization, layout, packed, specs, rows, match)
 
 
-def read_layout(ref: BaseRef) -> BaseLayout:
-    """The base's linear layers, from its configuration alone: transformers builds the model without weights.
-
-    Raises:
-        BaseModelError: transformers has no causal language model for the configuration.
-    """
-    import torch
-    from bitsandbytes.nn import Linear4bit
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
-
-    try:
-        config = AutoConfig.from_pretrained(ref.path, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise BaseModelError(
-            f"{ref.path / 'config.json'}: transformers cannot build the model ({error})",
-            expected="a causal language model that transformers itself has",
-            fix="check the file, or upgrade transformers",
-        ) from error
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return BaseLayout(
-        linear_shapes={name: (module.out_features, module.in_features) for name, module in linear.items()},
-        quantized=frozenset(name for name, module in linear.items() if isinstance(module, Linear4bit)),
-        tied=frozenset(name.removesuffix(".weight") for name in tied),
-    )
+def _require_conversation_match(contract: AdapterContract, ref: BaseRef) -> None:
+    """Chat template and stop tokens; the weights are compared by themselves."""
+    facts = base_facts(ref, load_tokenizer(ref))
+    contract.require_match(replace(facts, id=contract.base.id, revision=None, fingerprint=contract.base.fingerprint))
 
 
 def _weight_of(tensor: str) -> str:
@@ -151,14 +141,13 @@ def _refuse_unsupported(files: AdapterFiles) -> None:
     features = {
         "use_dora": settings.use_dora,
         "modules_to_save": bool(settings.modules_to_save),
-        "trainable_token_indices": bool(settings.trainable_token_indices),
         f"bias={settings.bias}": settings.bias != "none",
     }
     used = [name for name, is_used in features.items() if is_used]
     if used:
         raise AdapterError(
             f"{files.folder}: the adapter uses {', '.join(used)}, which this merge does not cover",
-            expected="a LoRA adapter of pairs only (rsLoRA, rank_pattern and alpha_pattern included)",
+            expected="a LoRA adapter of pairs (rsLoRA, rank_pattern and alpha_pattern included) and token rows only",
             fix="keep it as an adapter (generate, serve), or train one without these settings",
         )
 
@@ -196,18 +185,39 @@ def _find_base(
     raise no_base_given(files.folder, files.config.base_model_name_or_path)
 
 
-def _refuse_unmergeable_base(ref: BaseRef) -> None:
+def _require_16_bit_base(
+    files: AdapterFiles, contract: AdapterContract | None, onto: Literal["dequantized", "original"], base: str | None
+) -> None:
+    """``original`` needs the 16-bit model; the contract of a base that was quantized already cannot name it."""
+    if base is None and contract is not None and _base_match(contract, onto) == "nf4_codes":
+        raise AdapterError(
+            f"{files.folder}: trained on {contract.base.id}, whose files hold 4-bit weights: --onto original needs the "
+            "16-bit model that they were quantized from",
+            expected="--base with that model; its weights must quantize to the 4-bit codes of training",
+            fix="give it with --base, or leave --onto out to merge into the weights that were trained on",
+        )
+
+
+def _base_match(contract: AdapterContract | None, onto: Literal["dequantized", "original"]) -> BaseMatch | None:
+    if contract is None:
+        return None
+    return "nf4_codes" if onto == "original" and contract.quantization.get("prequantized") else "fingerprint"
+
+
+def _refuse_unmergeable_base(
+    ref: BaseRef, held: Prequantization | None, onto: Literal["dequantized", "original"]
+) -> None:
     if (ref.path / REPORT_FILE).exists():
         raise BaseModelError(
             f"{ref.path}: is a merge itself (it holds {REPORT_FILE})",
             expected="the base model that the adapter was trained on",
             fix="merge onto that base; two adapters in one model are combined first, then merged once",
         )
-    if "quantization_config" in read_model_config(ref):
+    if held is not None and onto == "original":
         raise BaseModelError(
             f"{ref.path}: the base is quantized already (quantization_config in config.json)",
-            expected="16-bit or 32-bit weights: a merge into quantized ones would be rounded away",
-            fix="give the unquantized model with --base",
+            expected="16-bit or 32-bit weights for --onto original: a merge into quantized ones would be rounded away",
+            fix="give the unquantized model with --base, or merge --onto dequantized",
         )
 
 
@@ -223,13 +233,9 @@ def _refuse_overlap(out: Path, inputs: Mapping[str, Path]) -> None:
             )
 
 
-def _require_memory(source: TensorSource) -> None:
+def _require_memory(specs: Mapping[str, TensorSpec]) -> None:
     """Verifying holds a whole model in fp32; better refused here than killed after the writing."""
-    needed_bytes = (
-        _VERIFY_MARGIN
-        * _FP32_BYTES
-        * sum(source.spec(name).size_bytes // _item_bytes(source, name) for name in source.names)
-    )
+    needed_bytes = _VERIFY_MARGIN * _FP32_BYTES * sum(prod(spec.shape) for spec in specs.values())
     available_bytes = _available_memory_bytes()
     if available_bytes is not None and available_bytes < needed_bytes:
         raise OutputError(
@@ -237,10 +243,6 @@ def _require_memory(source: TensorSource) -> None:
             expected="room for the whole model in fp32",
             fix="free memory, merge on a larger machine, or give --no-verify (the writing itself needs little)",
         )
-
-
-def _item_bytes(source: TensorSource, name: str) -> int:
-    return DTYPE_BYTES[source.dtype(name)]
 
 
 def _available_memory_bytes() -> int | None:
@@ -254,7 +256,9 @@ def _available_memory_bytes() -> int | None:
     return None
 
 
-def _refuse_misfit(files: AdapterFiles, layout: BaseLayout, source: TensorSource) -> None:
+def _refuse_misfit(
+    files: AdapterFiles, layout: BaseLayout, source: TensorSource, packed: Mapping[str, PackedWeight]
+) -> None:
     faults = pair_faults(files, layout.linear_shapes)
     for module in sorted(files.pairs.keys() & layout.tied):
         what = f"{files.weights}: adapts {shown(module)}, which shares its weight with another module of this base"
@@ -263,12 +267,25 @@ def _refuse_misfit(files: AdapterFiles, layout: BaseLayout, source: TensorSource
     if faults:
         raise AdapterError.of(faults)
     changed = sorted((files.pairs.keys() | layout.quantized) - layout.tied)
-    faults = [fault for module in changed if (fault := _weight_fault(module, layout, source)) is not None]
+    faults = [fault for module in changed if (fault := _weight_fault(module, layout, source, packed)) is not None]
     if faults:
         raise BaseModelError.of(faults)
 
 
-def _weight_fault(module: str, layout: BaseLayout, source: TensorSource) -> Fault | None:
+def _token_rows(
+    files: AdapterFiles, layout: BaseLayout, specs: Mapping[str, TensorSpec], packed: Mapping[str, PackedWeight]
+) -> dict[str, TrainedRows]:
+    matrices = {_weight_of(name): spec.shape for name, spec in specs.items() if name not in packed}
+    matrices = {name: shape for name, shape in matrices.items() if name not in layout.quantized | files.pairs.keys()}
+    faults = token_row_faults(files, {name: shape for name, shape in matrices.items() if len(shape) == 2})
+    if faults:
+        raise AdapterError.of(faults)
+    return locate_trained_rows(files, specs, layout.tied)
+
+
+def _weight_fault(
+    module: str, layout: BaseLayout, source: TensorSource, packed: Mapping[str, PackedWeight]
+) -> Fault | None:
     name = f"{module}.weight"
     fix = (
         "give the complete checkpoint of an architecture whose tensors are named as its modules (Qwen2, Llama, Mistral)"
@@ -276,9 +293,10 @@ def _weight_fault(module: str, layout: BaseLayout, source: TensorSource) -> Faul
     if name not in source:
         return Fault(f"{source.folder}: there is no tensor {shown(name)}", "the weight of each linear layer", fix)
     spec, shape = source.spec(name), layout.linear_shapes[module]
-    if spec.shape != shape:
-        return Fault(f"{source.file(name)}: tensor {shown(name)} has shape {spec.shape}", f"{shape}", fix)
-    if spec.dtype not in WEIGHT_DTYPES:
+    found = packed[name].shape if name in packed else spec.shape
+    if found != shape:
+        return Fault(f"{source.file(name)}: tensor {shown(name)} has shape {found}", f"{shape}", fix)
+    if spec.dtype not in WEIGHT_DTYPES and name not in packed:
         expected = f"one of {', '.join(WEIGHT_DTYPES)}"
         return Fault(f"{source.file(name)}: tensor {shown(name)} has dtype {spec.dtype}", expected, fix)
     return None

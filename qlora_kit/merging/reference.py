@@ -31,12 +31,20 @@ class Reference:
         import torch
         from peft import PeftModel
 
+        by_codes = plan.base_match == "nf4_codes"
         quantization = plan.quantization.model_copy(
             update={"load_in_4bit": four_bit, "bnb_4bit_compute_dtype": "float32"}
         )
-        model = load_base_model(plan.base, quantization, device=torch.device("cpu"))
+        model = load_base_model(
+            plan.base,
+            quantization,
+            device=torch.device("cpu"),
+            unquantized=plan.layout.linear_shapes.keys() - plan.layout.quantized if by_codes and four_bit else (),
+        )
         if four_bit and plan.contract is not None:
             facts = quantization_facts(quantization, model)
+            if by_codes:
+                del facts["prequantized"]  # here the 16-bit model stands for the base of training
             plan.contract.require_match(
                 BaseFacts(id=plan.contract.base.id, fingerprint=plan.contract.base.fingerprint, quantization=facts)
             )
@@ -62,6 +70,12 @@ class Reference:
     def delta(self, module: str) -> torch.Tensor:
         """PEFT's own Δ of ``module``: fp32, (out_features, in_features)."""
         return self._adapted[module].get_delta_weight(ADAPTER_NAME).detach().float()
+
+    def trained_rows(self, module: str) -> torch.Tensor:
+        """The rows of ``module`` that PEFT holds in place of the base's: fp32, (rows, hidden size)."""
+        wrapper: Any = self.model.get_submodule(f"base_model.model.{module}")
+        rows: torch.Tensor = wrapper.token_adapter.trainable_tokens_delta[ADAPTER_NAME].detach()
+        return rows.float()
 
 
 def _base_name(name: str) -> str:

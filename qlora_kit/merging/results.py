@@ -33,12 +33,14 @@ class TensorCheck:
     Attributes:
         merged: Weights that the adapter targets.
         round_trips: Other weights that must equal their own 4-bit round trip.
+        trained_rows: Embedding and head where the adapter brings rows; the other rows must equal the base's.
         copied: Tensors that must equal the base's, byte by byte.
         violations: What does not hold, one text for each tensor.
     """
 
     merged: int
     round_trips: int
+    trained_rows: int
     copied: int
     violations: tuple[str, ...]
 
@@ -95,6 +97,8 @@ class MergeResult:
         base: Id of the base, with its revision.
         revision: Of a Hub id.
         onto: ``dequantized`` or ``original``.
+        base_match: What shows that the base is the one of training: its ``fingerprint``, or the ``nf4_codes`` that it
+            quantizes to (the 16-bit model of a base that was quantized already); None without a contract.
         seconds: Wall time of all of it.
         peak_rss_bytes: The most memory that the process held so far, mapped files counted.
         weight_bytes: Size of the written tensors.
@@ -108,6 +112,7 @@ class MergeResult:
     base: str
     revision: str | None
     onto: str
+    base_match: str | None
     seconds: float
     peak_rss_bytes: int
     weight_bytes: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.base_files import BaseRef
-from qlora_kit.checkpoint import TensorSource
+from qlora_kit.checkpoint import TensorSource, torch_dtype
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import BaseModelError, Fault, GuardError
 from qlora_kit.merging.arithmetic import half_ulp, rounding_bound
@@ -17,6 +17,7 @@ from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.probes import compare_logits, probe_logits, probe_prompts
 from qlora_kit.merging.reference import Reference
 from qlora_kit.merging.results import LogitDifference, TensorCheck, Verification
+from qlora_kit.merging.token_rows import TrainedRows
 from qlora_kit.merging.writing import LoraFactors, changes_nothing
 from qlora_kit.models import load_base_model, load_tokenizer
 
@@ -41,7 +42,8 @@ def verify_merge(plan: MergePlan, folder: Path, *, factors: dict[str, LoraFactor
     - Tensors. A targeted weight w is right if ``|w - (base used + Δ)| <= half a unit in the last place of its dtype +
       2 (r + 2) 2^-24 (|base used| + scaling |B| |A|)``, with base used and Δ taken from the model that PEFT holds: one
       rounding, and what two fp32 evaluations of the sum may differ by. A weight that is only quantized must equal its
-      round trip, rounded once, bit by bit; every other tensor its source, byte by byte.
+      round trip (or the dequantized weight of the base's 4-bit file), rounded once, bit by bit; an embedding or head
+      with trained rows its source with these rows, rounded once; every other tensor its source, byte by byte.
     - Logits, on fixed conversations, of the written model in fp32 against the unmerged fp32 reference. The limits come
       from the same run: each adapted weight of the written model is shifted by a random half unit in the last place at
       most, which is what one rounding does. Three times the maximum and twice the mean difference that this makes are
@@ -131,22 +133,24 @@ def _damaged_output(folder: Path) -> Iterator[None]:
 
 
 def _check_tensors(plan: MergePlan, folder: Path, reference: Reference, factors: dict[str, LoraFactors]) -> TensorCheck:
-    counts = {"merged": 0, "round_trips": 0, "copied": 0}
+    counts = {"merged": 0, "round_trips": 0, "trained_rows": 0, "copied": 0}
     violations = []
     with TensorSource(plan.base.path) as source, TensorSource(folder) as written:
-        violations += [f"{name}: is in one of base and output only" for name in set(source.names) ^ set(written.names)]
-        for name in source.names:
+        violations += [f"{name}: is in one of base and output only" for name in plan.specs.keys() ^ set(written.names)]
+        for name, spec in plan.specs.items():
             if name not in written:
                 continue
-            if source.spec(name) != written.spec(name):
-                violations.append(f"{name}: is {written.spec(name)}, the base's is {source.spec(name)}")
+            if spec != written.spec(name):
+                violations.append(f"{name}: is {written.spec(name)}, the base's is {spec}")
                 continue
             found, target = written.get(name), plan.target(name)
             if target is not None:
                 kind, fault = "merged", _merged_fault(found, target, reference, factors[target])
             elif plan.round_trips(name):
-                trip = reference.base_used(name.removesuffix(".weight")).to(found.dtype)
+                trip = reference.base_used(name.removesuffix(".weight")).to(found.dtype)  # its own, or the file's
                 kind, fault = "round_trips", _bytes_fault(found, trip, "its 4-bit round trip")
+            elif name in plan.token_rows:
+                kind, fault = "trained_rows", _rows_fault(found, source.get(name), plan.token_rows[name], reference)
             else:
                 kind, fault = "copied", _bytes_fault(found, source.get(name), "the base's")
             counts[kind] += 1
@@ -164,6 +168,12 @@ def _merged_fault(found: torch.Tensor, module: str, reference: Reference, factor
     if not count:
         return None
     return f"{count} of {found.numel()} weights are further than one rounding from base + adapter"
+
+
+def _rows_fault(found: torch.Tensor, source: torch.Tensor, rows: TrainedRows, reference: Reference) -> str | None:
+    expected = source.clone()
+    expected[list(rows.ids)] = reference.trained_rows(rows.module).to(source.dtype)
+    return _bytes_fault(found, expected, "the base's with the rows that PEFT holds")
 
 
 def _bytes_fault(found: torch.Tensor, expected: torch.Tensor, name: str) -> str | None:
@@ -185,16 +195,25 @@ def _shift_by_rounding(model: PreTrainedModel, plan: MergePlan) -> None:
     """Shift each weight that the merge rounded by a random half unit, at most, in the last place of its file."""
     import torch
 
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
     generator = torch.Generator().manual_seed(_NOISE_SEED)
     rounded = set(plan.adapter.pairs) | (set(plan.layout.quantized) if plan.onto == "dequantized" else set())
-    with TensorSource(plan.base.path) as source, torch.no_grad():
+    with torch.no_grad():
         for module in sorted(rounded):
             weight = model.get_submodule(module).weight
-            dtype = dtypes[source.dtype(f"{module}.weight")]
-            share = torch.rand(weight.shape, generator=generator) * 2 - 1
-            # Less than a whole unit of fp32, the model's own dtype, would be lost in the addition.
-            weight += share * torch.maximum(half_ulp(weight, dtype), 2 * half_ulp(weight, torch.float32))
+            dtype = torch_dtype(plan.specs[f"{module}.weight"].dtype)
+            weight += _rounding(weight, dtype, generator)
+        for name, rows in sorted(plan.token_rows.items()):
+            weight, ids = model.get_submodule(name.removesuffix(".weight")).weight, list(rows.ids)
+            weight[ids] += _rounding(weight[ids], torch_dtype(plan.specs[name].dtype), generator)
+
+
+def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A random half unit in the last place of ``dtype``, at most, for each number of ``weight``."""
+    import torch
+
+    share = torch.rand(weight.shape, generator=generator) * 2 - 1
+    # Less than a whole unit of fp32, the model's own dtype, would be lost in the addition.
+    return share * torch.maximum(half_ulp(weight, dtype), 2 * half_ulp(weight, torch.float32))
 
 
 def _drift(

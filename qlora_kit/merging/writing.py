@@ -9,17 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.checkpoint import ShardWriter, TensorSource
+from qlora_kit.checkpoint import ShardWriter, TensorSource, torch_dtype
+from qlora_kit.data.template_file import read_stop_facts
 from qlora_kit.errors import AdapterError, BaseModelError, GuardError
 from qlora_kit.merging.arithmetic import four_bit_round_trip, lora_delta
+from qlora_kit.merging.base_tensors import read_tensor
 from qlora_kit.merging.planning import MergePlan
+from qlora_kit.merging.token_rows import read_trained_rows, with_rows
 from qlora_kit.safetensors_header import shown
 
 if TYPE_CHECKING:
     import torch
 
+_GENERATION_FILE = "generation_config.json"
 _COPIED_FILES = (
-    "generation_config.json",
+    _GENERATION_FILE,
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -59,7 +63,7 @@ def read_factors(plan: MergePlan) -> dict[str, LoraFactors]:
     """The adapter's pairs by module.
 
     Raises:
-        AdapterError: Each pair's product is zero: the adapter changes nothing.
+        AdapterError: Each pair's product is zero and no row is trained: the adapter changes nothing.
     """
     from safetensors import safe_open
 
@@ -68,7 +72,7 @@ def read_factors(plan: MergePlan) -> dict[str, LoraFactors]:
         for module in plan.adapter.pairs:
             a, b = (file.get_tensor(f"base_model.model.{module}.lora_{letter}.weight").float() for letter in "AB")
             factors[module] = LoraFactors(a, b, plan.adapter.config.scaling_of(module))
-    if not any(bool((pair.b @ pair.a).any()) for pair in factors.values()):
+    if not plan.token_rows and not any(bool((pair.b @ pair.a).any()) for pair in factors.values()):
         raise changes_nothing(plan, "every B·A is zero")
     return factors
 
@@ -81,7 +85,7 @@ def write_weights(
     max_shard_bytes: int,
     progress: Callable[[int, int], None] | None,
 ) -> WrittenWeights:
-    """Write the base's tensors to ``folder``, under the same names and dtypes, with one tensor at a time in memory.
+    """Write the base's tensors to ``folder`` as ``plan.specs`` has them, with one tensor at a time in memory.
 
     Args:
         plan: What to merge.
@@ -96,32 +100,42 @@ def write_weights(
         GuardError: A merged weight is not finite.
     """
     adapted = changed = done_bytes = 0
-    with TensorSource(plan.base.path) as source:
-        specs = {name: source.spec(name) for name in source.names}
-        with ShardWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
-            for name, spec in specs.items():
-                tensor = source.get(name)
-                _require_finite(source, name, tensor)
-                base_used = _base_used(plan, name, tensor)
-                target = plan.target(name)
-                if target is not None:
-                    merged = _merged(base_used, factors[target], tensor.dtype, name)
-                    adapted += merged.numel()
-                    changed += int((merged != base_used.to(tensor.dtype)).sum())
-                    tensor = merged
-                elif base_used is not tensor:
-                    tensor = base_used.to(tensor.dtype)
-                writer.write(name, tensor)
-                done_bytes += spec.size_bytes
-                if progress is not None:
-                    progress(done_bytes, source.total_bytes)
-        if not changed:
-            raise changes_nothing(plan, "every change is smaller than the rounding of the base's dtype")
-        return WrittenWeights(source.total_bytes, adapted, changed)
+    total_bytes = sum(spec.size_bytes for spec in plan.specs.values())
+    rows = read_trained_rows(plan.adapter, plan.token_rows)
+    with (
+        TensorSource(plan.base.path) as source,
+        ShardWriter(folder, plan.specs, max_shard_bytes=max_shard_bytes) as writer,
+    ):
+        for name, spec in plan.specs.items():
+            tensor = read_tensor(source, name, plan.packed)
+            _require_finite(source, name, tensor)
+            base_used = _base_used(plan, name, tensor)
+            dtype = tensor.dtype if name not in plan.packed else torch_dtype(spec.dtype)
+            target = plan.target(name)
+            written = base_used.to(dtype)
+            if name in rows:
+                base_used, written = written, with_rows(written, plan.token_rows[name].ids, rows[name], name)
+                adapted += rows[name].numel()
+                changed += int((written != base_used).sum())
+            if target is not None:
+                merged = _merged(base_used, factors[target], dtype, name)
+                adapted += merged.numel()
+                changed += int((merged != written).sum())
+                written = merged
+            writer.write(name, written)
+            done_bytes += spec.size_bytes
+            if progress is not None:
+                progress(done_bytes, total_bytes)
+    if not changed:
+        raise changes_nothing(plan, "every change is smaller than the rounding of the base's dtype")
+    return WrittenWeights(total_bytes, adapted, changed)
 
 
 def copy_small_files(plan: MergePlan, folder: Path) -> None:
-    """Copy configuration, tokenizer, chat template and licence from the base into ``folder``."""
+    """Copy configuration, tokenizer, chat template and licence from the base into ``folder``.
+
+    Where the base's generation does not stop at the token that ends a turn by the chat template, the copy's does.
+    """
     config = json.loads((plan.base.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     write_json(folder / "config.json", config)
@@ -129,6 +143,11 @@ def copy_small_files(plan: MergePlan, folder: Path) -> None:
         path = plan.base.path / name
         if path.is_file():
             shutil.copyfile(path, folder / name)
+    stops = read_stop_facts(plan.base.path, config)
+    if stops.agree is False:  # of a base that was never taught to end a turn; the adapter is what teaches it
+        path = folder / _GENERATION_FILE
+        defaults = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        write_json(path, {**defaults, "eos_token_id": [stops.token_id, *stops.generation_ids]})
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -137,8 +156,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _base_used(plan: MergePlan, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The weight that the adapter was (or is) added to: fp32 after a round trip, else as it is in the file."""
-    return four_bit_round_trip(tensor, plan.quantization) if plan.round_trips(name) else tensor
+    """The weight that the adapter was (or is) added to: fp32 where it is 4-bit in training, else as in the file."""
+    is_dequantized = name in plan.packed or not plan.round_trips(name)
+    return tensor if is_dequantized else four_bit_round_trip(tensor, plan.quantization)
 
 
 def _merged(base_used: torch.Tensor, factors: LoraFactors, dtype: torch.dtype, name: str) -> torch.Tensor:

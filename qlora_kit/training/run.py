@@ -25,6 +25,7 @@ from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
     attach_lora,
+    base_quantization,
     compute_dtype,
     default_device,
     load_base_model,
@@ -33,6 +34,8 @@ from qlora_kit.models import (
     require_target_modules,
     trainable_parameters,
 )
+from qlora_kit.stop_token import choose_token_rows
+from qlora_kit.token_rows import show_bias_of_head
 from qlora_kit.training.callbacks import (
     EXIT_CODES,
     GuardedTrainer,
@@ -75,6 +78,7 @@ class TrainResult:
         dropped_rows: Rows of all splits that were dropped, truncated or duplicates; ``ledger.jsonl`` lists them.
         supervised_tokens: Tokens of one epoch that the loss sees.
         trainable_parameters: Numbers trained.
+        trained_token_rows: Module to the token ids whose rows of it were trained too; None for none.
         peak_bytes: Peak memory: allocated on the GPU, else resident in the process.
         resumed_from: The checkpoint it went on from, or None.
         seconds: Training time.
@@ -91,6 +95,7 @@ class TrainResult:
     dropped_rows: int
     supervised_tokens: int
     trainable_parameters: int
+    trained_token_rows: dict[str, list[int]] | None
     peak_bytes: int
     resumed_from: str | None
     seconds: float
@@ -124,7 +129,9 @@ def train(
     config = portable(config)
     folder = Path(config.output_dir)
     checkpoint = open_run_folder(folder, resume=resume, overwrite=overwrite)
-    tokenizer = load_tokenizer(resolve_description(config.model.base, config.model.revision))
+    described = resolve_description(config.model.base, config.model.revision)
+    config = config.model_copy(update={"quantization": base_quantization(described, config.quantization)})
+    tokenizer = load_tokenizer(described)
     data = tokenised_data(config, tokenizer)
     data.require_usable()
     if checkpoint is not None:
@@ -136,7 +143,7 @@ def train(
     require_space_for_run(
         folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), checkpoints=config.train.save_total_limit
     )
-    model, quantization = _load_model(config, ref, device)
+    model, quantization = _load_model(config, ref, tokenizer, device=device)
     if checkpoint is None:
         clear_run_folder(folder)
         write_start(config, folder)
@@ -194,12 +201,19 @@ def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
         ) from error
 
 
-def _load_model(config: RunConfig, ref: BaseRef, device: torch.device) -> tuple[PeftModel, dict[str, Any]]:
+def _load_model(
+    config: RunConfig, ref: BaseRef, tokenizer: PreTrainedTokenizerBase, *, device: torch.device
+) -> tuple[PeftModel, dict[str, Any]]:
     """The base with a new adapter on it, and the quantization facts of the untouched base."""
+    rows = choose_token_rows(ref, tokenizer, config.lora)
+    if rows.message is not None:
+        logger.warning("%s", rows.message)
     set_seed(config.train.seed)
     base = load_base_model(ref, config.quantization, device=device)
     facts = quantization_facts(config.quantization, base)
-    return attach_lora(base, config.lora), facts
+    model = attach_lora(base, config.lora, rows.indices)
+    show_bias_of_head(model)
+    return model, facts
 
 
 def _run(
@@ -302,6 +316,7 @@ def _metrics(trainer: GuardedTrainer, data: TokenisedData, seconds: float) -> di
         "dropped_rows": report.dropped + report.truncated + report.duplicates,
         "supervised_tokens": data.ledger.supervised_tokens["train"],
         "trainable_parameters": trainable_parameters(trainer.model),
+        "trained_token_rows": trainer.model.peft_config["default"].trainable_token_indices,
         "peak_bytes": _peak_bytes(),
         "seconds": round(seconds, 2),
     }

@@ -219,7 +219,7 @@ def test_tensors_that_peft_does_not_expect_are_refused_even_if_all_else_let_them
     folder = shutil.copytree(sound, tmp_path / "guest")
     change_tensors(folder, lambda t: t.update({f"{PREFIX}.model.norm.weight": torch.zeros(32)}))
     monkeypatch.setattr("qlora_kit.adapters.gate._sort_tensors", _let_through(folder))
-    monkeypatch.setattr("qlora_kit.engine.extra_faults", lambda *args: [])
+    monkeypatch.setattr("qlora_kit.adapter_loading.extra_faults", lambda *args: [])
     with pytest.raises(AdapterError, match=r"model\.norm\.weight' is not one of this adapter"):
         engine.load(str(folder))
 

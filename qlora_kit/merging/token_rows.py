@@ -1,0 +1,77 @@
+"""Rows of the embedding and the head that an adapter brings trained: where they belong in a merge, and their values."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qlora_kit.adapters import AdapterFiles
+from qlora_kit.checkpoint import TensorSpec
+from qlora_kit.errors import AdapterError
+from qlora_kit.safetensors_header import shown
+
+if TYPE_CHECKING:
+    import torch
+
+_HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of one tensor of the output: their numbers, and the adapter's module that holds them."""
+
+    ids: tuple[int, ...]
+    module: str
+
+
+def locate_trained_rows(
+    files: AdapterFiles, specs: Mapping[str, TensorSpec], tied: Collection[str]
+) -> dict[str, TrainedRows]:
+    """Which tensors of the output have rows that the adapter brings; a tied head's own copy gets the embedding's.
+
+    Args:
+        files: The adapter.
+        specs: The tensors of the output.
+        tied: Modules whose weight is shared with another one.
+
+    Raises:
+        AdapterError: The rows are the head's, and the head is the embedding.
+    """
+    rows = {f"{module}.weight": TrainedRows(ids, module) for module, ids in files.token_rows.items()}
+    if _HEAD not in tied:
+        return rows
+    if _HEAD in files.token_rows:
+        raise AdapterError(
+            f"{files.weights}: brings rows of {_HEAD}, which shares its weight with the embedding of this base",
+            expected="rows of the embedding",
+            fix="keep it as an adapter, or train one with rows of embed_tokens",
+        )
+    copy = f"{_HEAD}.weight"
+    return rows if copy not in specs or not rows else {**rows, copy: next(iter(rows.values()))}
+
+
+def read_trained_rows(files: AdapterFiles, rows: Mapping[str, TrainedRows]) -> dict[str, torch.Tensor]:
+    """The values by tensor of the output: fp32, (rows, hidden size)."""
+    from safetensors import safe_open
+
+    with safe_open(files.weights, framework="pt", device="cpu") as file:
+        return {name: file.get_tensor(files.token_tensor(found.module)).float() for name, found in rows.items()}
+
+
+def with_rows(matrix: torch.Tensor, ids: tuple[int, ...], rows: torch.Tensor, name: str) -> torch.Tensor:
+    """A copy of ``matrix`` (V, H) with ``rows`` (N, H), rounded to its dtype, in place of its rows ``ids``.
+
+    Raises:
+        AdapterError: A row is not finite in the matrix's dtype.
+    """
+    import torch
+
+    rounded = rows.to(matrix.dtype)
+    if not bool(rounded.isfinite().all()):
+        raise AdapterError(
+            f"the trained rows of {shown(name)} are not finite in {matrix.dtype}",
+            expected="rows within the range of the base's dtype",
+            fix="train with a smaller learning rate, or merge onto a bf16 copy of the base",
+        )
+    return matrix.index_copy(0, torch.tensor(ids), rounded)
