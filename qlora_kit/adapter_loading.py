@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import AdapterFiles, AdapterSnapshot, pair_faults, require_shareable
 from qlora_kit.errors import AdapterError, Fault
-from qlora_kit.models import linear4bit_modules, linear_shapes
+from qlora_kit.four_bit import linear4bit_modules
+from qlora_kit.models import linear_shapes
 from qlora_kit.safetensors_header import shown
 
 if TYPE_CHECKING:

@@ -13,17 +13,16 @@ from qlora_kit.base_layout import prequantized_config, require_described_shapes
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.errors import BaseModelError, ConfigError, Fault
+from qlora_kit.four_bit import keep_4bit_weights_as_they_are, nf4_code_samples, refuse_wrong_cpu_layers
 from qlora_kit.prequantized import agreed_quantization, described_shapes, read_prequantization
 from qlora_kit.safetensors_header import locate_tensors
 from qlora_kit.suggest import nearest
 
 if TYPE_CHECKING:
     import torch
-    from bitsandbytes.nn import Linear4bit
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CODE_SAMPLES = 32
 FP32_BYTES = 4
 EMBEDDING = "embed_tokens"
 
@@ -105,7 +104,7 @@ def load_base_model(
 
     Raises:
         BaseModelError: transformers cannot load it, weights are missing (it would make them up), the 4-bit weights of
-            its files are not whole, or ``quantization`` asks for others.
+            its files are not whole, ``quantization`` asks for others, or the CPU would compute wrongly with them.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -149,7 +148,8 @@ def load_base_model(
             expected="every weight that config.json describes",
             fix="check that every shard is there and unbroken",
         )
-    _keep_4bit_weights_as_they_are(model, dtype)
+    keep_4bit_weights_as_they_are(model, dtype)
+    refuse_wrong_cpu_layers(model)
     if config is not None:
         _cast_unquantized(model, dtype)
     defaults = model.generation_config
@@ -157,17 +157,6 @@ def load_base_model(
         bos_token_id=defaults.bos_token_id, eos_token_id=defaults.eos_token_id, pad_token_id=defaults.pad_token_id
     )
     return model
-
-
-def linear4bit_modules(model: torch.nn.Module) -> dict[str, Linear4bit]:
-    """The 4-bit linear layers by their name in the base model (PEFT's wrapping left out of the name)."""
-    from bitsandbytes.nn import Linear4bit
-
-    return {
-        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if isinstance(module, Linear4bit)
-    }
 
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
@@ -181,19 +170,6 @@ def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
-def _keep_4bit_weights_as_they_are(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Switch off bitsandbytes' repacking for CPUs with AVX512-BF16, and let every weight dequantize to ``dtype``.
-
-    There, the first forward pass in eval mode rounds the block scales to bf16 in place, for good: outputs change, and a
-    training step after an evaluation gets no gradient through the base (bitsandbytes 0.50, ``Linear4bit.forward``).
-    A checkpoint's quantization states bring the dtype it was made in: the forward pass ignores it, but the backward
-    pass would round the weights to it.
-    """
-    for module in linear4bit_modules(model).values():
-        module.support_avx512bf16_for_cpu = False
-        module.weight.quant_state.dtype = dtype
-
-
 def _cast_unquantized(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Give embeddings, norms and head of a base of 4-bit files the dtype that was asked for.
 
@@ -203,20 +179,6 @@ def _cast_unquantized(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-
-
-def code_sample(codes: torch.Tensor) -> str:
-    """A strided sample of a 4-bit weight's packed codes, as hex."""
-    import torch
-
-    flat = codes.reshape(-1).view(torch.uint8)
-    stride = max(1, flat.numel() // CODE_SAMPLES)
-    return bytes(flat[::stride][:CODE_SAMPLES].tolist()).hex()
-
-
-def nf4_code_samples(model: torch.nn.Module) -> dict[str, str]:
-    """Each 4-bit weight's ``code_sample``: equal where two quantizers agree."""
-    return {f"{name}.weight": code_sample(module.weight.data) for name, module in linear4bit_modules(model).items()}
 
 
 def quantization_facts(quantization: QuantizationSection, model: PreTrainedModel | None = None) -> dict[str, Any]:

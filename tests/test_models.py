@@ -18,15 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from qlora_kit.base_files import TINY_FOLDER, BaseRef, resolve_base
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.errors import BaseModelError, ConfigError
+from qlora_kit.four_bit import linear4bit_modules, nf4_code_samples
 from qlora_kit.models import (
     adapter_bytes_at_most,
     attach_lora,
     compute_dtype,
-    linear4bit_modules,
     linear_shapes,
     load_base_model,
     load_tokenizer,
-    nf4_code_samples,
     quantization_facts,
     require_target_modules,
     trainable_parameters,

@@ -344,7 +344,7 @@ def test_rows_that_do_not_fit_are_refused(bases: dict[bool, Path], runs: dict[bo
     folder = Path(shutil.copytree(runs[False], tmp_path / "none"))
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({k: v for k, v in tensors.items() if "tokens" not in k}, folder / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="trainable_tokens_delta.* is missing"):
+    with pytest.raises(AdapterError, match=r"trainable_tokens_delta.* is missing"):
         engine.load(str(folder))
 
 

@@ -123,7 +123,7 @@ def _quantized(base: torch.nn.Module) -> tuple[dict[str, NDArray[np.uint8]], dic
     import torch
     from bitsandbytes.functional import dequantize_blockwise
 
-    from qlora_kit.models import linear4bit_modules
+    from qlora_kit.four_bit import linear4bit_modules
 
     codes, scales = {}, {}
     for name, module in linear4bit_modules(base).items():

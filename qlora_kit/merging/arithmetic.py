@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_kit.config import QuantizationSection
+from qlora_kit.four_bit import dequantize
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +42,7 @@ def four_bit_round_trip(weight: torch.Tensor, quantization: QuantizationSection)
     Returns:
         fp32, (out_features, in_features).
     """
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(*quantize_as_loaded(weight, quantization))
+    return dequantize(*quantize_as_loaded(weight, quantization))
 
 
 def lora_delta(a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.checkpoint import TensorSource, TensorSpec
 from qlora_kit.errors import BaseModelError
+from qlora_kit.four_bit import dequantize
 from qlora_kit.prequantized import PackedWeight
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ def read_tensor(source: TensorSource, name: str, packed: Mapping[str, PackedWeig
     weight before; rounding to it would be a rounding that no layer does.
     """
     import torch
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import QuantState
 
     if name not in packed:
         return source.get(name)
     parts = {part.removeprefix(f"{name}."): source.get(part) for part in packed[name].parts}
     state = QuantState.from_dict(parts, device=torch.device("cpu"))
     state.dtype = torch.float32
-    return dequantize_4bit(source.get(name), state)
+    return dequantize(source.get(name), state)

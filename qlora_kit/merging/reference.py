@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.adapters import BaseFacts
+from qlora_kit.four_bit import dequantize, linear4bit_modules
 from qlora_kit.merging.planning import MergePlan
-from qlora_kit.models import linear4bit_modules, load_base_model, quantization_facts
+from qlora_kit.models import load_base_model, quantization_facts
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +61,9 @@ class Reference:
 
     def base_used(self, module: str) -> torch.Tensor:
         """The weight of ``module`` before the adapter, as its layer uses it: fp32, (out_features, in_features)."""
-        from bitsandbytes.functional import dequantize_4bit
-
         weight: Any = self._linear[module].weight
         if module in self._four_bit:
-            return dequantize_4bit(weight.data, weight.quant_state).float()
+            return dequantize(weight.data, weight.quant_state).float()
         return weight.data.float()
 
     def delta(self, module: str) -> torch.Tensor:

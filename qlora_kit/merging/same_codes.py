@@ -11,8 +11,8 @@ from qlora_kit.base_layout import BaseLayout
 from qlora_kit.checkpoint import TensorSource
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import AdapterError, BaseModelError
+from qlora_kit.four_bit import code_sample
 from qlora_kit.merging.arithmetic import quantize_as_loaded
-from qlora_kit.models import code_sample
 
 _WEIGHT = ".weight"
 
