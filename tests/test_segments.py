@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from qlora_kit.conversation import Message
 from qlora_kit.data import segments
 from qlora_kit.data.chat import Cut, cut_texts, read_turn_format, render_texts
 from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
 from qlora_kit.errors import DataError
-from qlora_kit.formats import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -56,7 +56,7 @@ def test_conversations_are_cut_as_by_the_template(
     tokenizer = make_tokenizer(family, template, eos_token=eos)
     conversations = random_conversations(600)
     renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
-    assert renderer.cut(conversations) == by_template(conversations, tokenizer)
+    assert renderer.cut(conversations, [()] * 600) == by_template(conversations, tokenizer)
     proven = {roles for roles, found in renderer._segments.items() if found is not None}
     assert (("user", "assistant") in proven) == by_literals
 
@@ -70,9 +70,9 @@ def test_a_template_that_looks_into_contents_is_caught_by_the_spot_check(
     tokenizer.chat_template = secret + tokenizer.chat_template
     renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
     monkeypatch.setattr(segments, "SPOT_CHECK_ROWS", 4)
-    renderer.cut([conversation("q", "plain")] * 4)
+    renderer.cut([conversation("q", "plain")] * 4, [()] * 4)
     with pytest.raises(ContentChangesTemplate):
-        renderer.cut([conversation("q", "a secret")] * 4)
+        renderer.cut([conversation("q", "a secret")] * 4, [()] * 4)
 
 
 def test_roles_that_the_template_refuses_are_refused(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
@@ -80,6 +80,6 @@ def test_roles_that_the_template_refuses_are_refused(make_tokenizer: Callable[..
     check = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}"
     tokenizer.chat_template = check + tokenizer.chat_template
     renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
-    assert renderer.cut([conversation("q", "a")]) == by_template([conversation("q", "a")], tokenizer)
+    assert renderer.cut([conversation("q", "a")], [()]) == by_template([conversation("q", "a")], tokenizer)
     with pytest.raises(DataError, match="no system turn here"):
-        renderer.cut([conversation("q", "a", system="s")])
+        renderer.cut([conversation("q", "a", system="s")], [()])

@@ -364,13 +364,15 @@ def tokenize_cuts(
         return [[] for _ in cuts]
     anchors = sorted({anchor for anchor, _ in pieces} - {""})
     texts = [*anchors, *(anchor + text for anchor, text in pieces)]
-    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    ids = iter(_ids_of(texts, tokenizer))
     anchor_ids = {"": [], **{anchor: next(ids) for anchor in anchors}}
     own_ids = iter([_behind(anchor_ids[anchor], next(ids), text) for anchor, text in pieces])
     return [[next(own_ids) for _ in cut.pieces] for cut in cuts]
 
 
 def _behind(anchor_ids: list[int], ids: list[int], text: str) -> list[int]:
+    if not anchor_ids:
+        return ids
     if ids[: len(anchor_ids)] != anchor_ids:
         raise BaseModelError(
             f"the tokenizer merges the start of {shown(text)} with what stands before it",
@@ -378,3 +380,13 @@ def _behind(anchor_ids: list[int], ids: list[int], text: str) -> list[int]:
             fix="use another base model",
         )
     return ids[len(anchor_ids) :]
+
+
+def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each text, nothing added; asked of the Rust tokenizer itself where there is one: half the time."""
+    if not tokenizer.is_fast:
+        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]

@@ -28,6 +28,8 @@ from qlora_kit.errors import BaseModelError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.data.segments import SegmentRenderer
+
 LossOn = Literal["all_assistant", "last"]
 
 IGNORED_LABEL = -100
@@ -77,9 +79,19 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
 
 
 def encode_rows(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, loss_on: LossOn
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    loss_on: LossOn,
+    renderer: SegmentRenderer | None = None,
 ) -> list[Encoded | Unencodable]:
     """Token ids and labels of conversations and plain texts, in their order, in a few calls of the tokenizer.
+
+    Args:
+        examples: Checked rows.
+        tokenizer: The base's.
+        loss_on: Supervise all assistant turns, or the last one only.
+        renderer: Renders in place of the template, where that is proven to be the same.
 
     Raises:
         BaseModelError: The tokenizer has no usable chat template, one that does not know the tools that a conversation
@@ -92,6 +104,7 @@ def encode_rows(
             tokenizer,
             loss_on=loss_on,
             tools=[example.tools for example in talks],
+            renderer=renderer,
         )
         if talks
         else ()
@@ -130,6 +143,7 @@ def encode_batch(
     *,
     loss_on: LossOn,
     tools: Sequence[Sequence[str]] | None = None,
+    renderer: SegmentRenderer | None = None,
 ) -> list[Encoded | Unencodable]:
     """As ``encode_conversation`` for many conversations in a few calls of the template and the tokenizer.
 
@@ -138,6 +152,7 @@ def encode_batch(
         tokenizer: The base's.
         loss_on: Supervise all assistant turns, or the last one only.
         tools: The tools of each conversation (``Example.tools``); None for none.
+        renderer: As of ``encode_rows``.
 
     Raises:
         BaseModelError: The tokenizer has no usable chat template, or one that does not know tools where rows use them.
@@ -147,8 +162,11 @@ def encode_batch(
     if any(uses_tools(messages, own) for messages, own in zip(conversations, schemas, strict=True)):
         require_tool_support(tokenizer)
     try:
-        texts = render_texts(conversations, tokenizer, for_generation=False, tools=schemas)
-        cuts = cut_texts(texts, conversations, tokenizer, turn_format, tools=schemas)
+        if renderer is None:
+            texts = render_texts(conversations, tokenizer, for_generation=False, tools=schemas)
+            cuts = cut_texts(texts, conversations, tokenizer, turn_format, tools=schemas)
+        else:
+            cuts = renderer.cut(conversations, schemas)
     except DataError as error:
         if len(conversations) > 1:  # find the row that the template refuses
             return [
@@ -157,6 +175,7 @@ def encode_batch(
             ]
         fault = error.faults[0]
         return [Unencodable(fault.what, fault.expected, fault.fix)]
+    cuts = [_up_to_last_answer(cut) for cut in cuts]
     ids = tokenize_cuts(cuts, tokenizer, turn_format)
     return [
         _mask(cut, pieces, _supervised_turns(messages, loss_on), turn_format)
@@ -167,6 +186,14 @@ def encode_batch(
 def _supervised_turns(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
     turns = assistant_turns(messages)
     return turns if loss_on == "all_assistant" else turns[-1:]
+
+
+def _up_to_last_answer(cut: Cut) -> Cut:
+    """Without what follows the last answer, which has no part in the loss."""
+    pieces = cut.pieces
+    while pieces and pieces[-1].turn is None:
+        pieces = pieces[:-1]
+    return Cut(pieces, cut.missed)
 
 
 def _mask(cut: Cut, pieces: list[list[int]], turns: list[int], turn_format: TurnFormat) -> Encoded | Unencodable:

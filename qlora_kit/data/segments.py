@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qlora_kit.conversation import Message
 from qlora_kit.data.chat import Cut, Piece, TurnFormat, cut_texts, render_texts
 from qlora_kit.errors import DataError
-from qlora_kit.formats import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,27 +65,31 @@ class SegmentRenderer:
         self._segments: dict[tuple[str, ...], tuple[tuple[int | None, tuple[str | int, ...]], ...] | None] = {}
         self._rows = 0
 
-    def cut(self, conversations: Sequence[Sequence[Message]]) -> list[Cut]:
+    def cut(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[str]]) -> list[Cut]:
         """The conversations in pieces, in their order.
+
+        Args:
+            conversations: Messages of each conversation.
+            tools: The tools of each (``Example.tools``); where there are any, the template renders it.
 
         Raises:
             ContentChangesTemplate: A spot check failed; cut all conversations of the run by ``data.chat`` instead.
             DataError: The template itself refuses a conversation.
         """
         cuts: list[Cut | None] = []
-        for messages in conversations:
-            cut = self._assembled(messages)
+        for messages, own in zip(conversations, tools, strict=True):
+            cut = None if own or not all(_is_plain(message) for message in messages) else self._assembled(messages)
             self._rows += 1
-            if cut is not None and self._rows % SPOT_CHECK_ROWS == 0 and cut != self._rendered([messages])[0]:
+            if cut is not None and self._rows % SPOT_CHECK_ROWS == 0 and cut != self._rendered([messages], [()])[0]:
                 raise ContentChangesTemplate
             cuts.append(cut)
         slow = [index for index, cut in enumerate(cuts) if cut is None]
-        rendered = iter(self._rendered([conversations[index] for index in slow]))
+        rendered = iter(self._rendered([conversations[index] for index in slow], [tools[index] for index in slow]))
         return [next(rendered) if cut is None else cut for cut in cuts]
 
-    def _rendered(self, conversations: Sequence[Sequence[Message]]) -> list[Cut]:
-        texts = render_texts(conversations, self._tokenizer, for_generation=False)
-        return cut_texts(texts, conversations, self._tokenizer, self._turn_format)
+    def _rendered(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[str]]) -> list[Cut]:
+        texts = render_texts(conversations, self._tokenizer, for_generation=False, tools=tools)
+        return cut_texts(texts, conversations, self._tokenizer, self._turn_format, tools=tools)
 
     def _assembled(self, messages: Sequence[Message]) -> Cut | None:
         roles = tuple(message.role for message in messages)
@@ -113,17 +117,22 @@ class SegmentRenderer:
                 [Message(role, _TRIALS[(start + index) % len(_TRIALS)]) for index, role in enumerate(roles)]
                 for start in range(len(_TRIALS))
             ]
-            agree = [self._assembled(trial) for trial in trials] == self._rendered(trials)
+            agree = [self._assembled(trial) for trial in trials] == self._rendered(trials, [()] * len(trials))
         except DataError:  # the template refuses these roles, or a trial: the template is asked for each row
             return None
         return segments if agree else None
 
     def _read_off(self, roles: tuple[str, ...]) -> tuple[tuple[int | None, tuple[str | int, ...]], ...] | None:
         marks = {f"Qz{index}Xw{index}Qz": index for index in range(len(roles))}
-        cut = self._rendered([[Message(role, mark) for role, mark in zip(roles, marks, strict=True)]])[0]
+        cut = self._rendered([[Message(role, mark) for role, mark in zip(roles, marks, strict=True)]], [()])[0]
         if cut.missed:
             return None
         return tuple((piece.turn, _parts(piece.text, marks)) for piece in cut.pieces)
+
+
+def _is_plain(message: Message) -> bool:
+    """Whether a turn has nothing but its text; the keys of tools are rendered by the template alone."""
+    return not message.tool_calls and message.name is None and message.tool_call_id is None
 
 
 def _parts(text: str, marks: dict[str, int]) -> tuple[str | int, ...]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_kit.config import DataPart, RunConfig
-from qlora_kit.data.chat import control_tokens
+from qlora_kit.data.chat import control_tokens, read_turn_format
 from qlora_kit.data.ledger import SPLITS, DataReport, Ledger, Problem, data_error
 from qlora_kit.data.preparing import READING_ORDER, Examination, tell_notes
+from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
 from qlora_kit.data.sources import Sources
 from qlora_kit.data.token_cache import TokenCache, token_folder, token_key
 from qlora_kit.data.token_file import TokenWriter, open_tokens
@@ -158,7 +159,24 @@ def _made(
     sources: Sources,
     keeper: TemporaryDirectory[str] | None,
 ) -> TokenisedData:
-    """One pass over all rows, writing what is kept into ``folder``."""
+    """Read all rows and write what is kept into ``folder``."""
+    try:
+        renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
+        return _one_pass(config, tokenizer, folder, sources=sources, keeper=keeper, renderer=renderer)
+    except ContentChangesTemplate:
+        logger.info("the chat template looks into the texts: each row is rendered by it")
+        return _one_pass(config, tokenizer, folder, sources=sources, keeper=keeper, renderer=None)
+
+
+def _one_pass(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    sources: Sources,
+    keeper: TemporaryDirectory[str] | None,
+    renderer: SegmentRenderer | None,
+) -> TokenisedData:
     rules = TokenRules.of(config)
     examination = Examination(config, control_tokens(tokenizer), sources=sources)
     ledger = examination.ledger
@@ -169,7 +187,7 @@ def _made(
             for part in config.parts():
                 before = writer.rows
                 rows = examination.read_part(split, part)
-                for batch in tokenise(rows, tokenizer, rules, ledger=ledger, split=split):
+                for batch in tokenise(rows, tokenizer, rules, ledger=ledger, split=split, renderer=renderer):
                     writer.write(batch)
                 counts[split].append(writer.rows - before)
         if ledger.rows[split] and not writer.rows and not ledger.problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,8 @@ from qlora_kit.formats import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qlora_kit.data.segments import SegmentRenderer
 
 Overlength = Literal["stop", "drop", "truncate"]
 
@@ -45,7 +48,13 @@ class TokenRules:
 
 
 def tokenise(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, rules: TokenRules, *, ledger: Ledger, split: str
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    *,
+    ledger: Ledger,
+    split: str,
+    renderer: SegmentRenderer | None = None,
 ) -> Iterator[list[Encoded]]:
     """Token ids and labels of the rows that are kept, a batch at a time, in their order.
 
@@ -55,18 +64,14 @@ def tokenise(
         rules: What to do with long rows, and what to supervise.
         ledger: Told of each row dropped, truncated or refused, of the rows' lengths and of the supervised tokens.
         split: The split's name in the ledger.
+        renderer: Renders in place of the template, where that is proven to be the same.
 
     Raises:
+        ContentChangesTemplate: ``renderer`` cannot be used for these rows.
         BaseModelError: The tokenizer has no usable chat template, or what it encodes does not decode to the answer.
     """
-    remaining = iter(examples)
     ends = {read_turn_format(tokenizer).stop_id, tokenizer.eos_token_id}
-    first = True
-    while batch := list(islice(remaining, BATCH_ROWS)):
-        if first:
-            self_check(batch[:SELF_CHECKED_ROWS], tokenizer, loss_on=rules.loss_on)
-            first = False
-        encodings = encode_rows(batch, tokenizer, loss_on=rules.loss_on)
+    for batch, encodings in _encoded_batches(examples, tokenizer, rules, renderer):
         kept = []
         for example, encoded in zip(batch, encodings, strict=True):
             row = _kept(example, encoded, rules, ledger=ledger, split=split)
@@ -76,6 +81,24 @@ def tokenise(
                 ledger.stopped_rows[split] += row.labels[-1] in ends
                 kept.append(row)
         yield kept
+
+
+def _encoded_batches(
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    rules: TokenRules,
+    renderer: SegmentRenderer | None,
+) -> Iterator[tuple[list[Example], list[Encoded | Unencodable]]]:
+    """Each batch with its tokens; the next batch is read and checked while this one is tokenised."""
+    remaining = iter(examples)
+    batch = list(islice(remaining, BATCH_ROWS))
+    self_check(batch[:SELF_CHECKED_ROWS], tokenizer, loss_on=rules.loss_on)
+    with ThreadPoolExecutor(max_workers=1) as tokenising:
+        while batch:
+            encoding = tokenising.submit(encode_rows, batch, tokenizer, loss_on=rules.loss_on, renderer=renderer)
+            following = list(islice(remaining, BATCH_ROWS))
+            yield batch, encoding.result()
+            batch = following
 
 
 def _kept(
