@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.config import RunConfig
+from qlora_kit.data.chat import template_system_prompt
 from qlora_kit.evaluation_plan import EvaluationPlan, PlannedAdapter, PlannedTask, Split, plan_evaluation
 from qlora_kit.metrics import METRICS
 from qlora_kit.scoring import TaskScores, score_task
@@ -192,7 +193,8 @@ def _tell_other_system_prompt(
     contract = None if adapter is None or name is None else engine.contract(name)
     if adapter is None or contract is None or adapter.is_off(planned.task.name):
         return
-    fault = contract.system_prompt_fault(planned.task.system_prompt)
+    asked = planned.task.system_prompt or template_system_prompt(engine.tokenizer)
+    fault = contract.system_prompt_fault(asked)
     if fault is not None:
         logger.warning("%s: %s", name, fault)
 

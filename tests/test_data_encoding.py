@@ -14,6 +14,7 @@ from qlora_kit.data.chat import (
     render_prompt,
     render_prompts,
     stop_token_ids,
+    template_system_prompt,
 )
 from qlora_kit.data.encoding import Encoded, encode_batch, encode_conversation, self_check
 from qlora_kit.data.ledger import Ledger
@@ -394,3 +395,18 @@ def test_an_answer_that_merges_with_the_text_before_it_is_refused(make_sentencep
     tokenizer.add_tokens(["\n The"])
     with pytest.raises(BaseModelError, match="start on a token boundary"):
         encode_conversation(conversation("A?", "The end"), tokenizer, loss_on="all_assistant")
+
+
+def test_the_system_prompt_that_a_template_adds_is_found(make_tokenizer):
+    qwen = make_tokenizer("qwen", "qwen2_5", eos_token=STOP)
+    own = template_system_prompt(qwen)
+    assert own == "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    assert render_prompt([Message("system", own), Message("user", "Hi")], qwen) == render_prompt(
+        [Message("user", "Hi")], qwen
+    )
+    assert template_system_prompt(make_tokenizer("qwen", "qwen3", eos_token=STOP)) is None
+    assert template_system_prompt(make_tokenizer("llama3", "llama3", eos_token="<|eot_id|>")) is None
+    qwen.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + trl_template(
+        "qwen2_5"
+    )
+    assert template_system_prompt(qwen) is None

@@ -79,7 +79,7 @@ class AdapterContract:
             ``nf4_codes``: tensor name to a hex sample of its 4-bit codes; ``bnb_4bit_compute_dtype``, recorded and not
             compared; ``prequantized``: the base's own files hold 4-bit weights.
         chat_template_sha256: Of what the chat template renders for probe conversations; None without template.
-        system_prompt: Trained with it; a request's own wins.
+        system_prompt: Trained with it, be it the chat template's own; a request's own wins.
         stop_token_ids: The tokens that end an answer.
         generation: Generation defaults by their ``GenerationConfig`` names (``max_new_tokens``, ...).
         task: Its task's name.

@@ -206,6 +206,29 @@ def chat_template_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
+def template_system_prompt(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The system prompt that the chat template itself adds to a conversation without one (Qwen2.5's does); else None.
+
+    A conversation with this text as its system turn renders exactly as one without any.
+    """
+    mark, user = "Qz0Xw0Qz", Message("user", "Question?")
+    try:
+        plain, marked = (
+            render_texts([turns], tokenizer, for_generation=True)[0]
+            for turns in ([user], [Message("system", mark), user])
+        )
+        before, _, after = marked.partition(mark)
+        if not after or not plain.startswith(before) or not plain.endswith(after):
+            return None
+        own = plain[len(before) : len(plain) - len(after)]
+        same = (
+            own.strip() and render_texts([[Message("system", own), user]], tokenizer, for_generation=True)[0] == plain
+        )
+    except DataError:  # the template refuses system turns
+        return None
+    return own if same else None
+
+
 def read_turn_format(tokenizer: PreTrainedTokenizerBase) -> TurnFormat:
     """Finds the stop token, and how to cut text, by rendering and tokenising a probe conversation.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qlora_kit.config import DataPart, RunConfig
-from qlora_kit.data.chat import control_tokens, read_turn_format
+from qlora_kit.data.chat import control_tokens, read_turn_format, template_system_prompt
 from qlora_kit.data.ledger import SPLITS, DataReport, Ledger, Problem, data_error
 from qlora_kit.data.preparing import READING_ORDER, Examination, tell_notes
 from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
@@ -195,6 +195,7 @@ def _one_pass(
             expected = f"at least one row of at most {rules.max_length} tokens"
             fix = "raise train.max_length or shorten the rows"
             ledger.refuse(split, Problem(ledger.files[-1].name, None, reason, expected, fix, stops=True))
+    ledger.notes += _system_prompt_notes(config, tokenizer)
     ledger.notes += _weight_notes(_part_rows(config, counts["train"]))
     tell_notes(ledger)
     ledger.write(folder / LEDGER_FILE)
@@ -266,6 +267,14 @@ def _part_rows(config: RunConfig, counts: Sequence[int]) -> tuple[PartRows, ...]
         return PartRows(part.task.name, rows, weight, seen=max(round(rows * weight), min(rows, 1)))
 
     return tuple(rows_of(part, rows) for part, rows in zip(config.parts(), counts, strict=True))
+
+
+def _system_prompt_notes(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    own = template_system_prompt(tokenizer)
+    without = [part.task.name for part in config.parts() if not part.task.system_prompt]
+    if own is None or not without:
+        return []
+    return [f"{', '.join(without)}: rows without a system turn get the chat template's own system prompt, {own!r}"]
 
 
 def _weight_notes(parts: Sequence[PartRows]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.adapters import AdapterContract, BaseIdentity, base_fingerprint
 from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
-from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
+from qlora_kit.data.chat import chat_template_sha256, stop_token_ids, template_system_prompt
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.training.settings import CONFIG_FILE
 
@@ -73,7 +73,7 @@ def make_contract(trained: Trained) -> AdapterContract:
         base=BaseIdentity(trained.ref.id, trained.ref.revision, base_fingerprint(trained.ref.path)),
         quantization=trained.quantization,
         chat_template_sha256=chat_template_sha256(trained.tokenizer),
-        system_prompt=task.system_prompt,
+        system_prompt=task.system_prompt or template_system_prompt(trained.tokenizer) or "",
         stop_token_ids=stop_token_ids(trained.tokenizer),
         generation={"max_new_tokens": task.max_new_tokens, "do_sample": False},
         task=config.task,
