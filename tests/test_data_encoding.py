@@ -410,3 +410,15 @@ def test_the_system_prompt_that_a_template_adds_is_found(make_tokenizer):
         "qwen2_5"
     )
     assert template_system_prompt(qwen) is None
+
+
+def test_a_text_that_is_too_long_is_cut_and_told(chatml_tokenizer):
+    text = Example((), {}, "f.jsonl:1", text="weather is nice today " * 20)
+    ledger = Ledger()
+    (row,) = kept_rows([text], chatml_tokenizer, TokenRules(30, "last", "truncate"), ledger)
+    whole = chatml_tokenizer(text.text)["input_ids"]
+    assert row.input_ids == whole[:30]
+    assert row.labels == [-100, *whole[1:30]]
+    (entry,) = ledger.entries
+    assert entry.action == "truncated"
+    assert f"the text was cut, its last {len(whole) + 1 - 30} tokens are lost" in entry.reason

@@ -276,6 +276,7 @@ def test_a_config_trains_on_the_hub_at_one_commit(
     (file,) = data.ledger.data_files("train")
     source = HubSource("org/chats", rows=3)
     assert (file.sha256, file.rows) == (ResolvedHubSource(source, OTHER_COMMIT).sha256, 3)
+    assert file.name == f"hub:org/chats@{OTHER_COMMIT}/train"
     assert any(OTHER_COMMIT in note for note in data.report.notes)
     unknown = load_config("run.yaml", ["data.train=[{hub: org/unknown}]"])
     (problem,) = tokenised_data(unknown, chatml_tokenizer, cache=TokenCache(tmp_path / "tokens")).stopping

@@ -117,7 +117,9 @@ def _show_histogram(console: Console, lengths: Lengths) -> None:
     for found in lengths.bins:
         cells = round(BAR_CELLS * found.rows / largest)
         bar = "█" * max(cells, 1 if found.rows else 0)
-        console.print(f"  {found.low:>{width},} - {found.high:>{width},} {bar} {found.rows:,}", markup=False)
+        console.print(
+            f"  {found.low:>{width},} - {found.high:>{width},} {bar}{' ' * bool(bar)}{found.rows:,}", markup=False
+        )
 
 
 def _estimate_line(found: DataCheck) -> str:

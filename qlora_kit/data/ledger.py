@@ -11,7 +11,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any, Literal
 
@@ -95,10 +95,19 @@ class DataReport:
 
 @dataclass(frozen=True)
 class ReadFile:
-    """A file, or a data set of the Hub, that was read to its end: ``sha256`` of its bytes, or of what identifies it."""
+    """A file, or a data set of the Hub, that was read to its end.
+
+    Attributes:
+        split: train, validation or test.
+        name: As the user would name it.
+        record: As a contract records it: a file's name without its folder, a data set with its commit.
+        sha256: Of the file's bytes, or of what identifies the data set.
+        rows: How many rows it holds.
+    """
 
     split: str
     name: str
+    record: str
     sha256: str
     rows: int
 
@@ -188,7 +197,7 @@ class Ledger:
     def data_files(self, *splits: str) -> tuple[DataFile, ...]:
         """What was read for ``splits``, as a contract records it."""
         files = sorted((file for file in self.files if file.split in splits), key=lambda file: (file.split, file.name))
-        return tuple(DataFile(file.split, PurePath(file.name).name, file.sha256, file.rows) for file in files)
+        return tuple(DataFile(file.split, file.record, file.sha256, file.rows) for file in files)
 
     def total_tokens(self, split: str) -> int:
         """Tokens of a split, prompts and answers."""

@@ -176,7 +176,7 @@ class Examination:
             self._note_unused(part, source, columns, format_name)
             split.formats.setdefault(format_name, source.name)
         if rows:
-            self.ledger.files.append(ReadFile(split.name, source.name, source.sha256(), rows))
+            self.ledger.files.append(ReadFile(split.name, source.name, source.record, source.sha256(), rows))
         return stopped or (bool(columns) and format_name is None)
 
     def _refuse(self, split: _Split, problem: Problem) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlora_kit.config import HubDataset, RunConfig, Source
@@ -26,6 +26,13 @@ class DataSource:
 
     name: str
     origin: Path | ResolvedHubSource
+
+    @property
+    def record(self) -> str:
+        """Its name for good: a file's own, without its folder; a data set's with the commit in place of a branch."""
+        if isinstance(self.origin, Path):
+            return self.origin.name
+        return replace(self.origin.source, revision=self.origin.commit).name
 
     def read(self) -> Iterator[Item]:
         """Its rows, faults and notes; every call starts anew."""

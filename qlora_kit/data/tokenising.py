@@ -120,7 +120,12 @@ def _kept(
         ledger.refuse(split, Problem(file, line, f"{length} tokens long", expected, fix, stops=True))
         ledger.record(split, example.source, "dropped", reason)
         return None
-    shorter, lost = _shorten(encoded, rules.max_length) if rules.overlength == "truncate" else (None, "")
+    shorter, lost = None, ""
+    if rules.overlength == "truncate" and example.text is not None:
+        shorter = Encoded(encoded.input_ids[: rules.max_length], encoded.labels[: rules.max_length])
+        lost = f": the text was cut, its last {length - rules.max_length} tokens are lost"
+    elif rules.overlength == "truncate":
+        shorter, lost = _shorten(encoded, rules.max_length)
     ledger.record(split, example.source, "dropped" if shorter is None else "truncated", reason + lost)
     return shorter
 
