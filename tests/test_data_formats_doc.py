@@ -89,12 +89,13 @@ def test_the_walk_from_a_csv_is_as_told(tiny_tokenizer: PreTrainedTokenizerBase)
     Path("tickets.yaml").write_text(settings, encoding="utf-8")
     config = load_config("tickets.yaml")
     data = prepare(config)
-    told = {name: int(number) for name, number in re.findall(r"│ ([a-z ]+?) +│ +(\d+) │", commands)}
+    counts = re.findall(r"^ ([a-z ]+?) +(\d+) +(\d+)$", commands, flags=re.M)  # of train and of test
+    told = {name: int(train) + int(test) for name, train, test in counts}
     report = data.report
     assert (report.rows, report.kept, report.duplicates) == (told["rows"], told["kept"], told["duplicates"])
     encoded = encode_rows([*data.train, *data.test], tiny_tokenizer, loss_on=config.data.loss_on)
     assert sum(row.supervised_tokens for row in encoded if isinstance(row, Encoded)) == told["supervised tokens"]
-    assert sum(len(row.input_ids) for row in encoded if isinstance(row, Encoded)) == told["all tokens"]
+    assert sum(len(row.input_ids) for row in encoded if isinstance(row, Encoded)) == told["total tokens"]
     steps = int(re.findall(r"(\d+) steps", commands)[0])
     assert steps == config.train.num_train_epochs * len(data.train) / config.train.per_device_train_batch_size
     assert marked(data.train[0], tiny_tokenizer) == dict(blocks("What is learned"))["mask"]

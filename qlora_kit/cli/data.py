@@ -117,9 +117,8 @@ def _show_histogram(console: Console, lengths: Lengths) -> None:
     for found in lengths.bins:
         cells = round(BAR_CELLS * found.rows / largest)
         bar = "█" * max(cells, 1 if found.rows else 0)
-        console.print(
-            f"  {found.low:>{width},} - {found.high:>{width},} {bar}{' ' * bool(bar)}{found.rows:,}", markup=False
-        )
+        size = f"{found.low:>{width},} - {found.high:>{width},}"
+        console.print(" ".join(part for part in (f"  {size}", bar, f"{found.rows:,}") if part), markup=False)
 
 
 def _estimate_line(found: DataCheck) -> str:
