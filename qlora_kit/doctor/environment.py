@@ -43,17 +43,6 @@ def check_system(name: str) -> Check:
     return Check("system", True, name)
 
 
-def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Memory that a new program may take, as Linux estimates it; None elsewhere."""
-    if not meminfo.is_file():
-        return None
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
-
-
 def cgroup_free_bytes(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What the process's control group, or one above it, still grants; None where nothing limits it."""
     if not membership.is_file():

@@ -25,6 +25,7 @@ from qlora_kit.checkpoint import TensorSource, TensorSpec, require_free_space
 from qlora_kit.config import QuantizationSection
 from qlora_kit.config.trained_quantization import trained_quantization
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
+from qlora_kit.host_memory import available_memory_bytes
 from qlora_kit.merging.base_tensors import output_specs
 from qlora_kit.merging.same_codes import layout_of_codes, require_same_codes
 from qlora_kit.merging.token_rows import TrainedRows, locate_trained_rows
@@ -236,24 +237,13 @@ def _refuse_overlap(out: Path, inputs: Mapping[str, Path]) -> None:
 def _require_memory(specs: Mapping[str, TensorSpec]) -> None:
     """Verifying holds a whole model in fp32; better refused here than killed after the writing."""
     needed_bytes = _VERIFY_MARGIN * _FP32_BYTES * sum(prod(spec.shape) for spec in specs.values())
-    available_bytes = _available_memory_bytes()
+    available_bytes = available_memory_bytes()
     if available_bytes is not None and available_bytes < needed_bytes:
         raise OutputError(
             f"verifying takes {needed_bytes / 2**30:.1f} GiB of memory, {available_bytes / 2**30:.1f} GiB are free",
             expected="room for the whole model in fp32",
             fix="free memory, merge on a larger machine, or give --no-verify (the writing itself needs little)",
         )
-
-
-def _available_memory_bytes() -> int | None:
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    for line in meminfo.read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
 
 
 def _refuse_misfit(
