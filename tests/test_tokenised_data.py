@@ -266,7 +266,7 @@ def test_memory_does_not_grow_with_the_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Python's own memory; beside two batches, each row leaves 18 bytes of digest."""
+    """Python's own memory; beside one batch, each row leaves 18 bytes of digest."""
     monkeypatch.setattr("qlora_kit.data.tokenising.BATCH_ROWS", 100)
     monkeypatch.setattr("qlora_kit.data.preparing.DETECTED_ROWS", 100)
     peaks = []

@@ -157,7 +157,7 @@ def encode_batch(
     Raises:
         BaseModelError: The tokenizer has no usable chat template, or one that does not know tools where rows use them.
     """
-    turn_format = read_turn_format(tokenizer)
+    turn_format = read_turn_format(tokenizer) if renderer is None else renderer.turn_format
     schemas: Sequence[Sequence[str]] = [()] * len(conversations) if tools is None else tools
     if any(uses_tools(messages, own) for messages, own in zip(conversations, schemas, strict=True)):
         require_tool_support(tokenizer)

@@ -60,7 +60,7 @@ class SegmentRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, turn_format: TurnFormat) -> None:
         self._tokenizer = tokenizer
-        self._turn_format = turn_format
+        self.turn_format = turn_format
         # Roles -> for each piece its turn, and its literals with the indices of the messages between them.
         self._segments: dict[tuple[str, ...], tuple[tuple[int | None, tuple[str | int, ...]], ...] | None] = {}
         self._rows = 0
@@ -89,7 +89,7 @@ class SegmentRenderer:
 
     def _rendered(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[str]]) -> list[Cut]:
         texts = render_texts(conversations, self._tokenizer, for_generation=False, tools=tools)
-        return cut_texts(texts, conversations, self._tokenizer, self._turn_format, tools=tools)
+        return cut_texts(texts, conversations, self._tokenizer, self.turn_format, tools=tools)
 
     def _assembled(self, messages: Sequence[Message]) -> Cut | None:
         roles = tuple(message.role for message in messages)
@@ -98,13 +98,12 @@ class SegmentRenderer:
         segments = self._segments[roles]
         if segments is None:
             return None
-        return Cut(
-            tuple(
-                Piece("".join(part if isinstance(part, str) else messages[part].content for part in parts), turn)
-                for turn, parts in segments
-            ),
-            {},
-        )
+        contents = [message.content for message in messages]
+        pieces = [
+            Piece("".join([part if isinstance(part, str) else contents[part] for part in parts]), turn)
+            for turn, parts in segments
+        ]
+        return Cut(tuple(pieces), {})
 
     def _proven(self, roles: tuple[str, ...]) -> tuple[tuple[int | None, tuple[str | int, ...]], ...] | None:
         """The literals of conversations with these roles; None where the template does more than to join them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -71,8 +70,12 @@ def tokenise(
         BaseModelError: The tokenizer has no usable chat template, or what it encodes does not decode to the answer.
     """
     ends = {read_turn_format(tokenizer).stop_id, tokenizer.eos_token_id}
-    for batch, encodings in _encoded_batches(examples, tokenizer, rules, renderer):
+    remaining = iter(examples)
+    batch = list(islice(remaining, BATCH_ROWS))
+    self_check(batch[:SELF_CHECKED_ROWS], tokenizer, loss_on=rules.loss_on)
+    while batch:
         kept = []
+        encodings = encode_rows(batch, tokenizer, loss_on=rules.loss_on, renderer=renderer)
         for example, encoded in zip(batch, encodings, strict=True):
             row = _kept(example, encoded, rules, ledger=ledger, split=split)
             if row is not None:
@@ -81,24 +84,7 @@ def tokenise(
                 ledger.stopped_rows[split] += row.labels[-1] in ends
                 kept.append(row)
         yield kept
-
-
-def _encoded_batches(
-    examples: Iterable[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    rules: TokenRules,
-    renderer: SegmentRenderer | None,
-) -> Iterator[tuple[list[Example], list[Encoded | Unencodable]]]:
-    """Each batch with its tokens; the next batch is read and checked while this one is tokenised."""
-    remaining = iter(examples)
-    batch = list(islice(remaining, BATCH_ROWS))
-    self_check(batch[:SELF_CHECKED_ROWS], tokenizer, loss_on=rules.loss_on)
-    with ThreadPoolExecutor(max_workers=1) as tokenising:
-        while batch:
-            encoding = tokenising.submit(encode_rows, batch, tokenizer, loss_on=rules.loss_on, renderer=renderer)
-            following = list(islice(remaining, BATCH_ROWS))
-            yield batch, encoding.result()
-            batch = following
+        batch = list(islice(remaining, BATCH_ROWS))
 
 
 def _kept(
