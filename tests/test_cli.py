@@ -170,6 +170,18 @@ def test_generate_prints_its_answer(
     longer = command("generate", "The soup is good.", "--base", random_base, "--max-new-tokens", 5, "--json").json
     assert longer["adapter"] is None
     assert longer["completion_tokens"] <= 5
+    refused(command("generate", "--adapter", "reviews"), "neither a prompt nor --prompts")
+    Path("prompts.jsonl").write_text('{"prompt": "The soup is good."}\n{"prompt": "Cold room."}\n', encoding="utf-8")
+    many = command("generate", "--prompts", "prompts.jsonl", "--adapter", "reviews", "--json").json
+    assert [row["prompt"] for row in many["answers"]] == ["The soup is good.", "Cold room."]
+    assert {key: many["answers"][0][key] for key in answer} == answer
+    Path("prompts.txt").write_text("The soup is good.\n\nCold room.\n", encoding="utf-8")
+    plain = command("generate", "--prompts", "prompts.txt", "--adapter", "reviews").out.splitlines()
+    assert [line for line in plain if line.startswith("> ")] == ["> The soup is good.", "> Cold room."]
+    refused(command("generate", "Hi", "--prompts", "prompts.txt"), "both a prompt and --prompts")
+    Path("bad.csv").write_text("question\nWhy?\n", encoding="utf-8")
+    refused(command("generate", "--prompts", "bad.csv"), "bad.csv:2: the column 'prompt' is missing")
+    refused(command("generate", "--prompts", "none.txt"), "the file does not exist")
     told = command("generate", "The soup is good.", "--adapter", "reviews", "--system", "Be brief.").err
     assert "system prompt: 'Be brief.'" in told
     assert "system prompt" not in command("generate", "Hello", "--base", random_base, "--system", "Be brief.").err
