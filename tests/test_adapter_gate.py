@@ -188,11 +188,11 @@ def test_many_faults_are_cut_short(adapter: Path) -> None:
 
 def test_an_adapter_of_another_base_is_told_layer_by_layer(adapter: Path) -> None:
     files = check_adapter_folder(adapter)
-    shapes = {f"model.layers.{layer}.self_attn.{name}": (16, 32) for layer in (0, 2) for name in ("q_proj", "v_proj")}
+    shapes = {f"model.layers.{layer}.self_attn.{name}": (32, 64) for layer in (0, 2) for name in ("q_proj", "v_proj")}
     whats = [fault.what for fault in pair_faults(files, shapes)]
     assert len(whats) == 5
     assert sum("which the base lacks" in what for what in whats) == 2
-    assert sum("as (32, 32)" in what for what in whats) == 1
+    assert sum("as (64, 64)" in what for what in whats) == 1
     assert sum("has no tensors for" in what for what in whats) == 2
 
 

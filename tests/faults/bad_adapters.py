@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+WIDTH = 64  # of the base; a multiple of 64, since bitsandbytes computes wrongly with others on a CPU
 VOCABULARY = 512
 WEIGHTS, CONFIG, CONTRACT = "adapter_model.safetensors", "adapter_config.json", "qlora_kit.json"
 PREFIX = "base_model.model"
@@ -24,11 +25,11 @@ TENSORS = dict[str, torch.Tensor]
 
 
 def small_model() -> PreTrainedModel:
-    """The base: a Qwen2 of two layers, 32 wide, with random weights (seed 0)."""
+    """The base: a Qwen2 of two layers, 64 wide, with random weights (seed 0)."""
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -73,33 +74,33 @@ def poison(value: float, dtype: torch.dtype) -> Callable[[TENSORS], Any]:
 
 
 BAD_TENSORS: dict[str, tuple[Callable[[TENSORS], Any], str]] = {
-    "base weight": (lambda t: t.update({f"{Q0}.base_layer.weight": torch.zeros(32, 32)}), "not declared"),
-    "base weight, plain": (lambda t: t.update({f"{Q0}.weight": torch.zeros(32, 32)}), "not declared"),
-    "norm": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(32)}), "not declared"),
+    "base weight": (lambda t: t.update({f"{Q0}.base_layer.weight": torch.zeros(WIDTH, WIDTH)}), "not declared"),
+    "base weight, plain": (lambda t: t.update({f"{Q0}.weight": torch.zeros(WIDTH, WIDTH)}), "not declared"),
+    "norm": (lambda t: t.update({"base_model.model.model.norm.weight": torch.ones(WIDTH)}), "not declared"),
     "embedding": (
-        lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(VOCABULARY, 32)}),
+        lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.ones(VOCABULARY, WIDTH)}),
         "not declared",
     ),
-    "head": (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(VOCABULARY, 32)}), "not declared"),
-    "bias": (lambda t: t.update({f"{Q0}.bias": torch.ones(32)}), "not declared"),
-    "wrapped bias": (lambda t: t.update({f"{Q0}.base_layer.bias": torch.ones(32)}), "not declared"),
-    "magnitude": (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(32)}), "not declared"),
+    "head": (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(VOCABULARY, WIDTH)}), "not declared"),
+    "bias": (lambda t: t.update({f"{Q0}.bias": torch.ones(WIDTH)}), "not declared"),
+    "wrapped bias": (lambda t: t.update({f"{Q0}.base_layer.bias": torch.ones(WIDTH)}), "not declared"),
+    "magnitude": (lambda t: t.update({f"{Q0}.lora_magnitude_vector": torch.ones(WIDTH)}), "not declared"),
     "tokens": (
         lambda t: t.update(
-            {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)}
+            {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, WIDTH)}
         ),
         "not declared",
     ),
-    "bias of B": (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(32)}), "not declared"),
+    "bias of B": (lambda t: t.update({f"{Q0}.lora_B.bias": torch.ones(WIDTH)}), "not declared"),
     "no prefix": (
-        lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}),
+        lambda t: t.update({"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, WIDTH)}),
         "not declared",
     ),
     "untargeted pair": (
         lambda t: t.update({k.replace("q_proj", "o_proj"): v.clone() for k, v in t.items() if "q_proj" in k}),
         "not declared",
     ),
-    "name of an adapter": (lambda t: t.update({f"{Q0}.lora_A.default.weight": torch.ones(4, 32)}), "not declared"),
+    "name of an adapter": (lambda t: t.update({f"{Q0}.lora_A.default.weight": torch.ones(4, WIDTH)}), "not declared"),
     "embedding factors": (
         lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 64)}),
         "not declared",
@@ -107,16 +108,16 @@ BAD_TENSORS: dict[str, tuple[Callable[[TENSORS], Any], str]] = {
     "missing B": (lambda t: t.pop(f"{Q0}.lora_B.weight"), "is missing"),
     "missing A": (lambda t: t.pop(f"{Q0}.lora_A.weight"), "is missing"),
     "no tensors": (lambda t: t.clear(), "no LoRA pair"),
-    "rank of A": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(8, 32)}), "the rank"),
-    "rank of B": (lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(32, 2)}), "the rank"),
-    "swapped": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(32, 4)}), "the rank"),
+    "rank of A": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(8, WIDTH)}), "the rank"),
+    "rank of B": (lambda t: t.update({f"{Q0}.lora_B.weight": torch.ones(WIDTH, 2)}), "the rank"),
+    "swapped": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(WIDTH, 4)}), "the rank"),
     "one dimension": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(128)}), "the rank"),
-    "convolution": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, 1, 1)}), "the rank"),
+    "convolution": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, WIDTH, 1, 1)}), "the rank"),
     "empty": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 0)}), "the rank"),
-    "integers": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int32)}), "dtype I32"),
-    "bytes": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.uint8)}), "dtype U8"),
+    "integers": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, WIDTH, dtype=torch.int32)}), "dtype I32"),
+    "bytes": (lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, WIDTH, dtype=torch.uint8)}), "dtype U8"),
     "8-bit floats": (
-        lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, 32).to(torch.float8_e4m3fn)}),
+        lambda t: t.update({f"{Q0}.lora_A.weight": torch.ones(4, WIDTH).to(torch.float8_e4m3fn)}),
         "dtype F8_E4M3",
     ),
     "NaN": (poison(float("nan"), torch.float32), "1 values that are NaN or infinite"),
@@ -266,10 +267,10 @@ def far_too_wide(folder: Path) -> None:
 # What the gate refuses without looking at a base; each has a sound counterpart but for the one change.
 BAD_FOLDERS: dict[str, Callable[[Path], Any]] = {
     "embedding declared as saved weight": both(
-        {"modules_to_save": ["weight"]}, add(model__embed_tokens__weight=torch.zeros(VOCABULARY, 32))
+        {"modules_to_save": ["weight"]}, add(model__embed_tokens__weight=torch.zeros(VOCABULARY, WIDTH))
     ),
     "layer declared as saved layers": both(
-        {"modules_to_save": ["layers"]}, for_each_layer("input_layernorm.weight", torch.zeros(32))
+        {"modules_to_save": ["layers"]}, for_each_layer("input_layernorm.weight", torch.zeros(WIDTH))
     ),
     "link as weights": replaced_by_a_link(WEIGHTS),
     "link as configuration": replaced_by_a_link(CONFIG),
@@ -312,27 +313,28 @@ BAD_FOLDERS: dict[str, Callable[[Path], Any]] = {
 
 # What only the base shows to be wrong.
 MISFITS: dict[str, Callable[[Path], Any]] = {
-    "biases of the base": both({"bias": "all"}, for_each_layer("self_attn.q_proj.base_layer.bias", torch.ones(32))),
+    "biases of the base": both({"bias": "all"}, for_each_layer("self_attn.q_proj.base_layer.bias", torch.ones(WIDTH))),
     "saved modules without tensors": lambda folder: change_config(folder, modules_to_save=["norm"]),
     "saved modules that the base lacks": lambda folder: change_config(folder, modules_to_save=["classifier"]),
     "saved copy of the whole model": lambda folder: change_config(folder, modules_to_save=["model"]),
     "saved copy of a layer in 4 bits": both(
-        {"modules_to_save": ["o_proj"]}, for_each_layer("self_attn.o_proj.weight", torch.ones(32, 32))
+        {"modules_to_save": ["o_proj"]}, for_each_layer("self_attn.o_proj.weight", torch.ones(WIDTH, WIDTH))
     ),
-    "saved head of another shape": both({"modules_to_save": ["lm_head"]}, add(lm_head__weight=torch.ones(3, 32))),
+    "saved head of another shape": both({"modules_to_save": ["lm_head"]}, add(lm_head__weight=torch.ones(3, WIDTH))),
     "saved norm of one layer only": both(
-        {"modules_to_save": ["input_layernorm"]}, add(model__layers__0__input_layernorm__weight=torch.ones(32))
+        {"modules_to_save": ["input_layernorm"]}, add(model__layers__0__input_layernorm__weight=torch.ones(WIDTH))
     ),
     "more than the saved module has": both(
-        {"modules_to_save": ["lm_head"]}, add(lm_head__weight=torch.ones(VOCABULARY, 32), lm_head__bias=torch.ones(9))
+        {"modules_to_save": ["lm_head"]},
+        add(lm_head__weight=torch.ones(VOCABULARY, WIDTH), lm_head__bias=torch.ones(9)),
     ),
     "tokens beyond the vocabulary": both(
         {"trainable_token_indices": [VOCABULARY]},
-        add(model__embed_tokens__token_adapter__trainable_tokens_delta=torch.ones(1, 32)),
+        add(model__embed_tokens__token_adapter__trainable_tokens_delta=torch.ones(1, WIDTH)),
     ),
     "a token twice": both(
         {"trainable_token_indices": [3, 3]},
-        add(model__embed_tokens__token_adapter__trainable_tokens_delta=torch.ones(2, 32)),
+        add(model__embed_tokens__token_adapter__trainable_tokens_delta=torch.ones(2, WIDTH)),
     ),
     "tokens of another width": both(
         {"trainable_token_indices": [3]},
@@ -350,13 +352,13 @@ MISFITS: dict[str, Callable[[Path], Any]] = {
     ),
     "a pair on a norm": both(
         {"target_modules": ["q_proj", "v_proj", "norm"]},
-        add(model__norm__lora_A__weight=torch.ones(4, 32), model__norm__lora_B__weight=torch.ones(32, 4)),
+        add(model__norm__lora_A__weight=torch.ones(4, WIDTH), model__norm__lora_B__weight=torch.ones(WIDTH, 4)),
     ),
     "a pair on the embedding": both(
         {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
         add(
             model__embed_tokens__lora_A__weight=torch.ones(4, VOCABULARY),
-            model__embed_tokens__lora_B__weight=torch.ones(32, 4),
+            model__embed_tokens__lora_B__weight=torch.ones(WIDTH, 4),
         ),
     ),
     "contract a list": lambda folder: (folder / CONTRACT).write_text("[]"),

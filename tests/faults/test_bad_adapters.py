@@ -18,6 +18,7 @@ from faults.bad_adapters import (
     Q0,
     VOCABULARY,
     WEIGHTS,
+    WIDTH,
     change_config,
     change_tensors,
     make_adapter,
@@ -217,7 +218,7 @@ def test_tensors_that_peft_does_not_expect_are_refused_even_if_all_else_let_them
     """The last line: PEFT itself would load them over the base without a word."""
     unchanged(engine)
     folder = shutil.copytree(sound, tmp_path / "guest")
-    change_tensors(folder, lambda t: t.update({f"{PREFIX}.model.norm.weight": torch.zeros(32)}))
+    change_tensors(folder, lambda t: t.update({f"{PREFIX}.model.norm.weight": torch.zeros(WIDTH)}))
     monkeypatch.setattr("qlora_kit.adapters.gate._sort_tensors", _let_through(folder))
     monkeypatch.setattr("qlora_kit.adapter_loading.extra_faults", lambda *args: [])
     with pytest.raises(AdapterError, match=r"model\.norm\.weight' is not one of this adapter"):
@@ -252,7 +253,7 @@ def test_what_peft_cannot_hold_together_is_refused(
 def poisoned(sound: Path, folder: Path) -> Path:
     """A copy that PEFT would load over the base's embedding."""
     shutil.copytree(sound, folder)
-    embedding = {f"{PREFIX}.model.embed_tokens.weight": torch.zeros(VOCABULARY, 32)}
+    embedding = {f"{PREFIX}.model.embed_tokens.weight": torch.zeros(VOCABULARY, WIDTH)}
     save_file({**load_file(folder / WEIGHTS), **embedding}, folder / WEIGHTS)
     return folder
 
