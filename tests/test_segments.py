@@ -10,7 +10,9 @@ import pytest
 
 from qlora_kit.conversation import Message
 from qlora_kit.data import segments
-from qlora_kit.data.chat import Cut, cut_texts, read_turn_format, render_texts
+from qlora_kit.data.chat import read_turn_format
+from qlora_kit.data.cutting import Cut, cut_texts
+from qlora_kit.data.rendering import render_texts
 from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
 from qlora_kit.errors import DataError
 

@@ -1,17 +1,11 @@
 """Adapters on disk: their contract, the gate that checks them, the store that holds them; no torch."""
 
+from qlora_kit.adapters.base_fit import pair_faults, require_shareable, token_row_faults
 from qlora_kit.adapters.card import AdapterCard, AdapterDetails, no_base_given
 from qlora_kit.adapters.contract import AdapterContract, BaseFacts, BaseIdentity, DataFile
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint
-from qlora_kit.adapters.gate import (
-    AdapterFiles,
-    LoraPair,
-    check_adapter_folder,
-    pair_faults,
-    require_shareable,
-    token_row_faults,
-)
+from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder
 from qlora_kit.adapters.snapshot import AdapterSnapshot, read_adapter
 from qlora_kit.adapters.store import AdapterStore, StoreListing, check_name
 

@@ -33,7 +33,7 @@ _PREFIX = "base_model.model."
 _PAIR_ENDS = (".lora_A.weight", ".lora_B.weight")
 _MAGNITUDE_END = ".lora_magnitude_vector"
 _TOKENS_END = ".token_adapter.trainable_tokens_delta"
-_UNTRUSTED = "do not load this adapter; get it from its author again, or train it again"
+UNTRUSTED = "do not load this adapter; get it from its author again, or train it again"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def open_adapter(folder: Path) -> Iterator[tuple[AdapterFiles, BinaryIO]]:
             before = os.fstat(file.fileno())
             if before.st_size > MAX_WEIGHTS_BYTES:
                 what, expected = f"{weights}: holds {before.st_size} bytes", f"at most {MAX_WEIGHTS_BYTES} bytes"
-                raise AdapterError(what, expected=expected, fix=_UNTRUSTED)
+                raise AdapterError(what, expected=expected, fix=UNTRUSTED)
             yield _described(folder, settings, file), file
             after = os.fstat(file.fileno())
             if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
@@ -136,7 +136,7 @@ def _described(folder: Path, settings: LoraSettings, file: BinaryIO) -> AdapterF
     tensors = read_open_header(file, weights, error=AdapterError, max_header_bytes=MAX_HEADER_BYTES)
     if len(tensors) * settings.matching_cost > _MAX_COMPARISONS:
         what = f"{folder / CONFIG_FILE}: its patterns are too many for {len(tensors)} tensors"
-        raise AdapterError(what, expected="fewer or simpler patterns", fix=_UNTRUSTED)
+        raise AdapterError(what, expected="fewer or simpler patterns", fix=UNTRUSTED)
     faults, pairs, extra, base = _sort_tensors(weights, tensors, settings)
     if faults:
         raise AdapterError.of(faults, at_most=MAX_FAULTS)
@@ -157,69 +157,6 @@ def _described(folder: Path, settings: LoraSettings, file: BinaryIO) -> AdapterF
     )
 
 
-def pair_faults(files: AdapterFiles, linear_shapes: Mapping[str, tuple[int, int]]) -> list[Fault]:
-    """What keeps an adapter from fitting a base: layers the base lacks, other sizes, targeted layers without a pair.
-
-    Args:
-        files: A checked adapter.
-        linear_shapes: The base's linear layers by module name, as (out_features, in_features).
-    """
-    fix = "load the adapter on the base it was trained on, or train an adapter for this base"
-    faults = []
-    for module, pair in files.pairs.items():
-        shape = linear_shapes.get(module)
-        if shape is None:
-            faults.append(
-                Fault(f"{files.weights}: adapts {shown(module)}, which the base lacks", "a layer of the base", fix)
-            )
-        elif shape != (pair.out_features, pair.in_features):
-            what = f"{files.weights}: adapts {shown(module)} as {(pair.out_features, pair.in_features)}"
-            faults.append(Fault(what, f"the base's shape {shape}", fix))
-    for module in linear_shapes:
-        if module not in files.pairs and files.config.targets(module):
-            what = f"{files.weights}: has no tensors for {shown(module)}, though its target_modules name it"
-            faults.append(Fault(what, "a pair for each targeted layer of the base", fix))
-    return faults
-
-
-def require_shareable(files: AdapterFiles) -> None:
-    """Refuse an adapter that loading would write over the base with: other adapters share that base.
-
-    Raises:
-        AdapterError: It brings biases of the base.
-    """
-    if files.base_tensors:
-        raise AdapterError(
-            f"{files.folder}: the adapter brings tensors of the base itself: {', '.join(files.base_tensors[:3])}",
-            expected="an adapter that leaves the shared base as it is",
-            fix="train it without biases (bias: none)",
-        )
-
-
-def token_row_faults(files: AdapterFiles, matrices: Mapping[str, tuple[int, ...]]) -> list[Fault]:
-    """What keeps an adapter's trained rows from fitting a base.
-
-    Args:
-        files: A checked adapter.
-        matrices: Shapes of the base's embedding and head, (rows, hidden size), by module name; 4-bit ones left out.
-    """
-    fix = "load the adapter on the base it was trained on, or train an adapter for this base"
-    faults = []
-    for module, ids in files.token_rows.items():
-        shape = matrices.get(module)
-        found = files.tensors[files.token_tensor(module)].shape
-        if shape is None or len(shape) != 2:
-            what = f"{files.weights}: brings rows of {shown(module)}, which the base lacks or holds in 4 bits"
-            faults.append(Fault(what, f"rows of one of {', '.join(matrices)}", fix))
-        elif found[1] != shape[1] or max(ids) >= shape[0]:
-            what = f"{files.weights}: brings rows up to {max(ids)} of {shown(module)}, {found[1]} numbers each"
-            faults.append(Fault(what, f"rows of the base's {shape[0]} x {shape[1]} matrix", fix))
-    if files.config.trainable_token_indices and not files.token_rows:
-        what = f"{files.weights}: holds no trained rows, though {CONFIG_FILE} declares some"
-        faults.append(Fault(what, "a tensor for the declared rows", _UNTRUSTED))
-    return faults
-
-
 def require_regular_file(path: Path) -> None:
     """Refuse a path that is missing, a symbolic link, or no regular file.
 
@@ -235,7 +172,7 @@ def require_regular_file(path: Path) -> None:
         fix = "copy the file itself into the folder (cp -L), after a look at where the link points"
         raise AdapterError(f"{path}: is a symbolic link", expected=expected, fix=fix)
     if not stat.S_ISREG(mode):
-        raise AdapterError(f"{path}: is not a regular file", expected=expected, fix=_UNTRUSTED)
+        raise AdapterError(f"{path}: is not a regular file", expected=expected, fix=UNTRUSTED)
 
 
 def _require_sound_files(folder: Path) -> None:
@@ -285,7 +222,7 @@ def _sort_tensors(
             expected = f"only tensors that {CONFIG_FILE} declares: loading others can overwrite the base model"
             faults.append(_tensor_fault(path, name, "is not declared", expected))
     if not factors and not faults:
-        faults.append(Fault(f"{path}: holds no LoRA pair", "lora_A and lora_B of each adapted layer", _UNTRUSTED))
+        faults.append(Fault(f"{path}: holds no LoRA pair", "lora_A and lora_B of each adapted layer", UNTRUSTED))
     pairs: dict[str, LoraPair] = {}
     for module, ends in factors.items():
         faults.extend(_pair_shape_faults(path, module, ends, r=settings.rank_of(module)))
@@ -387,4 +324,4 @@ def _changed(path: Path) -> AdapterError:
 
 
 def _tensor_fault(path: Path, name: str, what: str, expected: str) -> Fault:
-    return Fault(f"{path}: tensor {shown(name)} {what}", expected, _UNTRUSTED)
+    return Fault(f"{path}: tensor {shown(name)} {what}", expected, UNTRUSTED)

@@ -11,17 +11,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.conversation import Example, Message
-from qlora_kit.data.chat import (
-    Cut,
-    TurnFormat,
-    assistant_turns,
-    cut_texts,
-    read_turn_format,
-    render_prompts,
-    render_texts,
-    require_tool_support,
-    tokenize_cuts,
-)
+from qlora_kit.data.chat import read_turn_format, render_prompts
+from qlora_kit.data.cutting import Cut, TurnFormat, assistant_turns, cut_texts, tokenize_cuts
+from qlora_kit.data.rendering import render_texts, require_tool_support
 from qlora_kit.data.tool_rendering import missing_from_turn, uses_tools, without_space
 from qlora_kit.errors import BaseModelError, DataError
 

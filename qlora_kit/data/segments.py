@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.conversation import Message
-from qlora_kit.data.chat import Cut, Piece, TurnFormat, cut_texts, render_texts
+from qlora_kit.data.cutting import Cut, Piece, TurnFormat, cut_texts
+from qlora_kit.data.rendering import render_texts
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from qlora_kit.data.chat import PROBE_ANSWER, STOP_PROBE, TEMPLATE_ARGUMENTS, stop_at_turn_end
+from qlora_kit.data.chat import PROBE_ANSWER, STOP_PROBE, stop_at_turn_end
+from qlora_kit.data.rendering import TEMPLATE_ARGUMENTS
 from qlora_kit.errors import BaseModelError
 from qlora_kit.strict_json import read_json_object
 
