@@ -214,6 +214,8 @@ def attach_lora(
 ) -> PeftModel:
     """A PEFT model with one new adapter, ``default``, whose weights are fp32.
 
+    What EVA and LoftQ make of data and weights is up to ``training.initialising``; without it B is zero.
+
     Args:
         model: The base.
         lora: The configuration.
@@ -222,8 +224,9 @@ def attach_lora(
     Raises:
         BaseModelError: A target module does not exist in the base.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import EvaConfig, LoraConfig, get_peft_model
 
+    kind = lora.init_lora_weights
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -232,7 +235,8 @@ def attach_lora(
         exclude_modules=_as_peft(lora.exclude_modules),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
-        init_lora_weights=lora.init_lora_weights,
+        init_lora_weights=True if kind == "loftq" else kind,
+        eva_config=EvaConfig(use_label_mask=False) if kind == "eva" else None,
         bias=lora.bias,
         modules_to_save=list(lora.modules_to_save) or None,
         trainable_token_indices={module: list(ids) for module, ids in token_rows.items()} if token_rows else None,

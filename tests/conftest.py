@@ -8,17 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import importlib.util
 import json
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from qlora_kit.training import TrainResult
+    from qlora_kit.training import TrainingProgress, TrainResult
 
 _CACHE = tempfile.TemporaryDirectory(prefix="qlora-kit-tests-")
 os.environ["QLORA_KIT_CACHE"] = _CACHE.name
@@ -195,3 +196,32 @@ def trained_run(run_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
     folder = tmp_path_factory.mktemp("runs") / "reviews"
     return folder, train(load_config(run_yaml, [f"output_dir={folder}"]))
+
+
+@pytest.fixture
+def start_run(run_yaml: Path, tmp_path: Path) -> Callable[..., TrainResult]:
+    """Trains ``run_yaml`` with overrides into ``tmp_path/NAME``: ``start_run(*overrides, name=..., resume=...)``."""
+    from qlora_kit.config import load_config
+    from qlora_kit.training import train
+
+    def start(*overrides: str, name: str = "run", **options: Any) -> TrainResult:
+        return train(load_config(run_yaml, [f"output_dir={tmp_path / name}", *overrides]), **options)
+
+    return start
+
+
+@pytest.fixture
+def stop_at() -> Callable[[int], Callable[[TrainingProgress], None]]:
+    """Makes a progress function that sends this process SIGINT after a step."""
+
+    def at(step: int) -> Callable[[TrainingProgress], None]:
+        sent: list[int] = []
+
+        def watch(progress: TrainingProgress) -> None:
+            if progress.step == step and not sent:
+                sent.append(step)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return watch
+
+    return at

@@ -15,6 +15,7 @@ from qlora_kit.adapters import (
     AdapterContract,
     BaseFacts,
     BaseIdentity,
+    ContinuedFrom,
     DataFile,
     base_fingerprint,
 )
@@ -40,6 +41,7 @@ CONTRACT = AdapterContract(
     created="2026-01-02T03:04:05+00:00",
     kit_version="0.1.0",
     metrics={"accuracy": 0.95},
+    continued_from=ContinuedFrom("reviews", "55"),
 )
 FACTS = BaseFacts(
     id="Qwen/Qwen2.5-7B-Instruct",
@@ -94,6 +96,7 @@ def test_unknown_keys_are_left_alone(tmp_path: Path) -> None:
         ({"created": "yesterday"}, "created is 'yesterday'"),
         ({"created": 1}, "created is 1"),
         ({"name": 1}, "name is 1"),
+        ({"continued_from": {"name": "reviews"}}, "continued_from is {'name': 'reviews'}"),
         ({"origin": "found"}, "origin is 'found'"),
         ({"origin": ["trained"]}, "origin is ['trained']"),
         ({"not_measured": [1]}, "not_measured is [1]"),
@@ -113,7 +116,7 @@ def test_every_missing_key_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "qlora_kit.json").write_text('{"format_version": 2}')
     with pytest.raises(AdapterError) as caught:
         AdapterContract.load(tmp_path)
-    fields = {field.name for field in dataclasses.fields(AdapterContract)} - {"name"}
+    fields = {field.name for field in dataclasses.fields(AdapterContract)} - {"name", "continued_from"}
     assert {fault.what.split(": ")[1].split()[0] for fault in caught.value.faults} == fields
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.config import RunConfig, load_config
-from qlora_kit.config.train_section import _BOUNDS, CONTROLLED, TrainSection
+from qlora_kit.config.train_section import _BOUNDS, CONTROLLED, TrainSection, kit_fields
 from qlora_kit.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -131,7 +131,27 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train: 3", "train is 3", "a section"),
         ("lora: {lora_dropout: 1}", "lora.lora_dropout is 1", "less than 1"),
         ("lora: {r: 1025}", "lora.r is 1025", "less than or equal to 1024"),
-        ("lora: {init_lora_weights: pissa}", "lora.init_lora_weights is 'pissa'", "true or false or 'gaussian'"),
+        (
+            "lora: {init_lora_weights: pissa}",
+            "lora.init_lora_weights is 'pissa'",
+            "one of true, false, gaussian, eva, loftq; this one rewrites the weights",
+        ),
+        ("lora: {init_lora_weights: evva}", "lora.init_lora_weights is 'evva'", "did you mean 'eva'?"),
+        ("lora: {alpha_pattern: {q_proj: 0}}", "lora.alpha_pattern is", "numbers above 0"),
+        ("model: {adapter: ''}", "model.adapter is ''", "at least 1 character"),
+        ("train: {metric_for_best_model: eval_acuracy}", "is 'eval_acuracy'", "one of eval_loss, accuracy"),
+        ("train: {metric_for_best_model: pass@1}", "is 'pass@1'", "a metric that runs no generated code"),
+        ("train: {loraplus_lr_ratio: 0.5}", "train.loraplus_lr_ratio is 0.5", "greater than or equal to 1"),
+        ("train: {layerwise_lr_decay: 1.5}", "train.layerwise_lr_decay is 1.5", "less than or equal to 1"),
+        ("train: {unfreeze_layer_every: 5}", "is an unknown key", "did you mean 'unfreeze_layers_every'?"),
+        ("train: {loss_type: dft, label_smoothing_factor: 0.1}", "leave it out in silence", "remove it"),
+        ("train: {optim: galore_adamw}", "train.optim is 'galore_adamw'", "an optimizer for adapters"),
+        ("train: {lr_scheduler_type: constant, lr_scheduler_kwargs: {power: 2}}", "takes no arguments", "remove it"),
+        ("train: {early_stopping_threshold: 0.1}", "has no effect without early_stopping_patience", "or remove it"),
+        ("train: {early_stopping_patience: 2}", "is 2, and there are no validation rows", "add data.validation"),
+        ("train: {metric_for_best_model: accuracy}", "there are no validation rows", "add data.validation"),
+        ("lora: {init_lora_weights: loftq}\nquantization: {load_in_4bit: false}", "makes up for", "a base in 4 bits"),
+        ("lora: {init_lora_weights: loftq, use_dora: true}", "together with use_dora", "one of the two"),
         ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern is", "at least 1"),
         ("lora: {rank_pattern: {q_proj: 1025}}", "lora.rank_pattern is", "at most 1024"),
         ("lora: {rank_pattern: {'(q_proj': 4}}", "lora.rank_pattern is", "a regular expression ('(q_proj'"),
@@ -279,6 +299,24 @@ def test_sft_arguments_without_validation_data(tmp_path: Path) -> None:
     assert arguments["load_best_model_at_end"] is True
 
 
+def test_sft_arguments_know_the_metrics_direction_and_none_of_the_kits_own_keys(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALL + "  validation: v.csv\ntrain: {loraplus_lr_ratio: 4, early_stopping_patience: 2}\n")
+    arguments = load_config(path).sft_arguments()
+    assert not set(kit_fields()) & set(arguments)
+    assert (arguments["metric_for_best_model"], arguments["greater_is_better"]) == ("eval_loss", False)
+    plateau = "train.lr_scheduler_type=reduce_lr_on_plateau"
+    for metric, higher in (("accuracy", True), ("perplexity", False)):
+        arguments = load_config(path, [f"train.metric_for_best_model={metric}", plateau]).sft_arguments()
+        assert (arguments["metric_for_best_model"], arguments["greater_is_better"]) == (f"eval_{metric}", higher)
+        assert arguments.get("lr_scheduler_kwargs") == ({"mode": "max"} if higher else None)
+
+
+def test_a_metric_needs_evaluations(tmp_path: Path) -> None:
+    text = SMALL + "  validation: v.csv\ntrain:\n  metric_for_best_model: accuracy\n  eval_strategy: no\n"
+    (fault,) = faults_of(tmp_path, text)
+    assert fault.startswith("run.yaml:7: train.metric_for_best_model is 'accuracy', and eval_strategy is 'no'")
+
+
 def test_config_is_frozen(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, SMALL))
     with pytest.raises(ValueError, match="frozen"):
@@ -288,7 +326,10 @@ def test_config_is_frozen(tmp_path: Path) -> None:
 def test_declared_train_fields_are_sft_fields_and_free() -> None:
     from qlora_kit.config.sft_fields import sft_fields
 
-    assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"}
+    own = {"metric_rows", "loraplus_lr_ratio", "layerwise_lr_decay", "unfreeze_layers_every"}
+    own |= {"early_stopping_patience", "early_stopping_threshold"}
+    assert set(kit_fields()) == own
+    assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"} | own
     assert not set(CONTROLLED) & set(TrainSection.model_fields)
     assert not set(_BOUNDS) & set(TrainSection.model_fields)
     assert set(_BOUNDS) <= set(sft_fields())

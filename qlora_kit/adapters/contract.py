@@ -49,6 +49,14 @@ class DataFile:
 
 
 @dataclass(frozen=True)
+class ContinuedFrom:
+    """The adapter that training went on from: its name, and the SHA-256 of its weights' file."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class BaseFacts:
     """What was measured of the base at hand; None (and a key left out) means not measured, and is not compared.
 
@@ -95,6 +103,7 @@ class AdapterContract:
         origin: ``trained`` by this kit, or ``adopted``: trained elsewhere, the contract written afterwards.
         not_measured: Keys of an adopted contract (``quantization.bnb_4bit_quant_type`` for one key inside another) that
             are its adopter's word, taken by default, or not known at all.
+        continued_from: The adapter whose weights training began with; None for a new adapter.
     """
 
     base: BaseIdentity
@@ -114,6 +123,7 @@ class AdapterContract:
     name: str | None = None
     origin: str = TRAINED
     not_measured: tuple[str, ...] = ()
+    continued_from: ContinuedFrom | None = None
 
     @classmethod
     def load(cls, path: Path) -> AdapterContract:
@@ -131,6 +141,11 @@ class AdapterContract:
         values["stop_token_ids"] = tuple(content["stop_token_ids"])
         for key in ("metric_names", "not_measured"):
             values[key] = tuple(content[key])
+        earlier = content.get("continued_from")
+        if earlier is not None:
+            values["continued_from"] = ContinuedFrom(
+                **{item.name: earlier[item.name] for item in fields(ContinuedFrom)}
+            )
         return cls(**values)
 
     def save(self, path: Path) -> Path:

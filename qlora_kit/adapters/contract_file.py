@@ -100,7 +100,7 @@ def _content_faults(path: Path, content: Mapping[str, Any]) -> list[Fault]:
 def _key_faults(path: Path, prefix: str, content: Mapping[str, Any], kinds: Mapping[str, _Kind]) -> list[Fault]:
     faults = []
     for key, (expected, accepts) in kinds.items():
-        if key not in content and key != "name":
+        if key not in content and key not in _OPTIONAL:
             faults.append(Fault(f"{path}: {prefix}{key} is missing", expected, _FIX))
         elif key in content and not accepts(content[key]):
             faults.append(Fault(f"{path}: {prefix}{key} is {repr(content[key])[:80]}", expected, _FIX))
@@ -143,6 +143,12 @@ def _is_origin(value: Any) -> bool:
     return isinstance(value, str) and value in ORIGINS
 
 
+def _is_earlier_adapter(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(_is_filled_text(value.get(key)) for key in ("name", "sha256"))
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
@@ -171,6 +177,7 @@ def _is_time(value: Any) -> bool:
     return True
 
 
+_OPTIONAL = ("name", "continued_from")
 _Kind = tuple[str, Callable[[Any], bool]]
 _BASE_KEYS: dict[str, _Kind] = {
     "id": ("a text", _is_filled_text),
@@ -201,4 +208,5 @@ _KINDS: dict[str, _Kind] = {
     "name": ("a text or null", _is_text_or_null),
     "origin": (f"one of {', '.join(ORIGINS)}", _is_origin),
     "not_measured": ("a list of texts", _is_texts),
+    "continued_from": ("null, or an object with name and sha256", _is_earlier_adapter),
 }

@@ -38,6 +38,10 @@ def train(
         print_json(result.to_json())
         return
     validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.4f}"
+    if result.task_metric is not None:
+        validation += f", {run.train.metric_for_best_model} {result.task_metric:.4f}"
+    if result.stopped_early:
+        validation += f" (stopped early; the adapter of step {result.kept_step} is kept)"
     if result.stop_rate is not None:
         validation += f", {result.stop_rate:.0%} of the answers to validation prompts end by themselves"
     stdout_console().print(

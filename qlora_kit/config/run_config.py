@@ -31,14 +31,25 @@ from qlora_kit.config.sections import (
     Source,
 )
 from qlora_kit.config.sft_fields import sft_fields
-from qlora_kit.config.train_section import SECTION, Problem, TrainSection, settable_fields, undeclared_problems
+from qlora_kit.config.strategy_checks import strategy_problems
+from qlora_kit.config.train_section import (
+    EVAL_LOSS,
+    SECTION,
+    Problem,
+    TrainSection,
+    kit_fields,
+    settable_fields,
+    undeclared_problems,
+)
 from qlora_kit.config.yaml_source import KeyPath, dump_yaml, parse_value, read_yaml
 from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.formats import TASK_COLUMNS
+from qlora_kit.metrics import METRICS
 from qlora_kit.suggest import advice, nearest
 from qlora_kit.tasks import TASKS, Task, get_task, template_fields
 
 NEW_TASK_MAX_NEW_TOKENS = 256
+WATCHING_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # they follow metric_for_best_model
 
 
 @dataclass(frozen=True)
@@ -96,11 +107,18 @@ class RunConfig(BaseModel):
 
     def sft_arguments(self) -> dict[str, Any]:
         """``train`` as keyword arguments of ``SFTConfig``; without validation data nothing is evaluated."""
-        arguments = self.train.model_dump(mode="json")
+        arguments = self.train.model_dump(mode="json", exclude=set(kit_fields()))
         if not any(part.section.validation for part in self.parts()):
             arguments["eval_strategy"] = "no"
         if "no" in (arguments["eval_strategy"], arguments["save_strategy"]):
             arguments["load_best_model_at_end"] = False
+        metric = self.train.metric_for_best_model
+        arguments["greater_is_better"] = metric != EVAL_LOSS and METRICS[metric].higher_is_better
+        if metric != EVAL_LOSS:
+            arguments["metric_for_best_model"] = f"eval_{metric}"
+            if arguments["greater_is_better"] and arguments["lr_scheduler_type"] in WATCHING_SCHEDULERS:
+                given = arguments.get("lr_scheduler_kwargs") or {}
+                arguments["lr_scheduler_kwargs"] = {"mode": "max", **given}
         for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
             new = old.replace("gradient", "activation")  # transformers renamed them after 5.17, and warns
             if old in arguments and new in sft_fields():
@@ -209,6 +227,9 @@ def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         problems += undeclared_problems(
             values["train"], evaluates=isinstance(data, dict) and bool(data.get("validation"))
         )
+    if config is not None:
+        validates = bool(config.data.validation)  # of the config's own task
+        problems += strategy_problems(config.train, config.lora, config.quantization, validates=validates)
     return config, problems + list(_task_problems(values))
 
 

@@ -15,6 +15,8 @@ from qlora_kit.tasks import template_fields
 
 MAX_RANK = 1024
 DATASET_ID = r"^(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}$"
+INITIALISATIONS = ("gaussian", "eva", "loftq")
+_REWRITING = ("pissa", "olora", "corda", "lora_ga")
 TASK_NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 
 
@@ -65,6 +67,15 @@ def _metrics(value: object) -> tuple[str, ...]:
     return names
 
 
+def _initialisation(value: object) -> object:
+    if isinstance(value, bool) or value in INITIALISATIONS:
+        return value
+    expected = f"one of true, false, {', '.join(INITIALISATIONS)}"
+    if isinstance(value, str) and value.startswith(_REWRITING):
+        expected += "; this one rewrites the weights of the base, which all adapters share in 4 bits"
+    raise wrong_value(expected, known=INITIALISATIONS)
+
+
 def _ranks(value: dict[str, int]) -> dict[str, int]:
     _require_patterns(value)
     if not all(1 <= rank <= MAX_RANK for rank in value.values()):
@@ -72,10 +83,10 @@ def _ranks(value: dict[str, int]) -> dict[str, int]:
     return value
 
 
-def _alphas(value: dict[str, int]) -> dict[str, int]:
+def _alphas(value: dict[str, int | float]) -> dict[str, int | float]:
     _require_patterns(value)
-    if any(alpha < 1 for alpha in value.values()):
-        raise wrong_value("whole numbers of at least 1")
+    if any(alpha <= 0 for alpha in value.values()):
+        raise wrong_value("numbers above 0")
     return value
 
 
@@ -96,7 +107,7 @@ Template = Annotated[str | None, BeforeValidator(_template)]
 Metrics = Annotated[tuple[str, ...], BeforeValidator(_metrics)]
 TokenIndices = Annotated[Literal["auto"] | tuple[int, ...] | None, BeforeValidator(_token_ids)]
 RankPattern = Annotated[dict[str, int], AfterValidator(_ranks)]
-AlphaPattern = Annotated[dict[str, int], AfterValidator(_alphas)]
+AlphaPattern = Annotated[dict[str, int | float], AfterValidator(_alphas)]
 
 
 class ModelSection(BaseModel):
@@ -108,6 +119,8 @@ class ModelSection(BaseModel):
     """``tiny`` (embedded), a folder, or a Hub id (``ID`` or ``ID@REVISION``)."""
     revision: str | None = None
     """Commit, tag or branch of a Hub id."""
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """An adapter of the store ``adapters/``, or a folder, to go on from with new data; null: a new adapter."""
 
 
 class QuantizationSection(BaseModel):
@@ -132,7 +145,7 @@ class LoraSection(BaseModel):
 
     r: int = Field(default=16, ge=1, le=MAX_RANK)
     """Rank of the adapter."""
-    lora_alpha: int = Field(default=32, ge=1)
+    lora_alpha: int | float = Field(default=32, gt=0)
     """Scale: alpha / r, or alpha / sqrt(r) with ``use_rslora``."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before ``lora_A``."""
@@ -144,8 +157,8 @@ class LoraSection(BaseModel):
     """Rank-stabilised scale (Kalajdzievski 2023)."""
     use_dora: bool = False
     """Weight-decomposed adapters (Liu et al. 2024)."""
-    init_lora_weights: bool | Literal["gaussian"] = True
-    """True: PEFT's own; ``gaussian``. Initialisations that change the 4-bit base are not offered."""
+    init_lora_weights: Annotated[bool | str, BeforeValidator(_initialisation)] = True
+    """True: PEFT's own; ``gaussian``; ``eva``: from activations; ``loftq``: from the error of the quantization."""
     bias: Literal["none"] = "none"
     """Biases are not trained: PEFT would write them over the shared base, and no merge carries them."""
     modules_to_save: Names = ()

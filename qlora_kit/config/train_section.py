@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from qlora_kit.config.sft_fields import SftField, sft_fields
+from qlora_kit.metrics import METRICS
 from qlora_kit.suggest import advice
 
 SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -53,11 +54,21 @@ def as_names(value: object) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _best_metric(value: str) -> str:
+    if value == "pass@1":
+        raise wrong_value(f"{EVAL_LOSS} or a metric that runs no generated code: nobody watches a training run")
+    known = (EVAL_LOSS, *(name for name in METRICS if name != "pass@1"))
+    if value not in known:
+        raise wrong_value(f"one of {', '.join(known)}", known=known)
+    return value
+
+
 Names = Annotated[tuple[str, ...], BeforeValidator(as_names)]
+EVAL_LOSS = "eval_loss"
 
 
 class TrainSection(BaseModel):
-    """Fields of ``SFTConfig`` that the kit gives a default of its own; any other field may stand beside them."""
+    """Fields of ``SFTConfig`` that the kit gives a default of its own, and the kit's own; others may stand beside."""
 
     model_config = SECTION | {"extra": "allow"}
 
@@ -94,9 +105,21 @@ class TrainSection(BaseModel):
     save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept; the best stays."""
     load_best_model_at_end: bool = True
-    """Keep the adapter of the best validation loss rather than the last one."""
-    metric_for_best_model: Literal["eval_loss"] = "eval_loss"
-    """What best means."""
+    """Keep the best adapter by ``metric_for_best_model`` rather than the last one."""
+    metric_for_best_model: Annotated[str, AfterValidator(_best_metric)] = EVAL_LOSS
+    """What best means: ``eval_loss``, or a metric in ``metrics.METRICS`` of answers to validation rows."""
+    metric_rows: int = Field(default=64, ge=1)
+    """Validation rows, evenly spread, that are answered for that metric in each evaluation."""
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after so many evaluations without a better ``metric_for_best_model``; null: never."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """An evaluation counts as better if it is better by more than this."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+ (Hayou et al. 2024): learning rate of ``lora_B`` over that of ``lora_A``; null: the same."""
+    layerwise_lr_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Learning rate of a layer over that of the layer above it (Howard & Ruder 2018); null: the same."""
+    unfreeze_layers_every: Annotated[int, Field(ge=1)] | None = None
+    """Begin with the top layer's adapters, and add the next layer's after every so many optimizer steps; null: all."""
 
 
 _HUB = ("the kit uploads nothing", "upload the run folder with the Hub's own tools")
@@ -190,7 +213,13 @@ _BOUNDS: dict[str, tuple[float | None, float]] = {
 
 def settable_fields() -> tuple[str, ...]:
     """The names that the ``train`` section takes."""
-    return tuple(name for name in sft_fields() if name not in CONTROLLED)
+    return (*(name for name in sft_fields() if name not in CONTROLLED), *kit_fields())
+
+
+def kit_fields() -> tuple[str, ...]:
+    """The names of the ``train`` section that are the kit's own and that ``SFTConfig`` does not know."""
+    known = {*sft_fields(), "gradient_checkpointing"}  # the latter has another name in newer versions
+    return tuple(name for name in TrainSection.model_fields if name not in known)
 
 
 def undeclared_problems(train: Mapping[str, Any], *, evaluates: bool) -> list[Problem]:

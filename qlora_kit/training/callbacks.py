@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from qlora_kit.errors import GuardError
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import EvalLoopOutput
+
+    from qlora_kit.training.task_metric import TaskMetric
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -113,8 +118,15 @@ class StopOnSignal(TrainerCallback):
 
 
 class GuardedTrainer(SFTTrainer):
-    """TRL's trainer, stopped by the first training or validation loss that is not a finite number."""
+    """TRL's trainer, stopped by the first training or validation loss that is not a finite number.
 
+    The validation loss is the plain one, whatever is trained on: those of two runs can be compared, and DFT's weighted
+    loss is as low for an impossible answer as for a certain one.
+    """
+
+    task_metric: TaskMetric | None = None
+    """What each evaluation measures beside the loss."""
+    label_smoother: Callable[..., torch.Tensor] | None
     tokens_seen = 0
     """Tokens that went through the model in this process's part of the run, padding left out."""
 
@@ -133,7 +145,12 @@ class GuardedTrainer(SFTTrainer):
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        loss_type, smoother = self.args.loss_type, self.label_smoother
+        self.args.loss_type, self.label_smoother = "nll", None
+        try:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        finally:
+            self.args.loss_type, self.label_smoother = loss_type, smoother
         loss = metrics["eval_loss"]
         if not math.isfinite(loss):
             raise GuardError(
@@ -142,3 +159,9 @@ class GuardedTrainer(SFTTrainer):
                 fix="lower train.learning_rate, or look at the validation rows; the last checkpoint is kept",
             )
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.task_metric is not None:
+            output.metrics[self.task_metric.key] = self.task_metric.measure(self.model)
+        return output

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapters import AdapterContract, BaseIdentity, base_fingerprint
+from qlora_kit.adapters import AdapterContract, BaseIdentity, ContinuedFrom, base_fingerprint
 from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids, template_system_prompt
@@ -37,6 +37,7 @@ class Trained:
         ledger: What happened to each row.
         metrics: Losses and counts of the run.
         history: Log lines of the run, oldest first.
+        continued_from: The adapter that the run went on from, or None.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Trained:
     ledger: Ledger
     metrics: dict[str, Any]
     history: tuple[dict[str, Any], ...]
+    continued_from: ContinuedFrom | None = None
 
 
 def write_run_files(trained: Trained, folder: Path) -> None:
@@ -85,6 +87,7 @@ def make_contract(trained: Trained) -> AdapterContract:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         kit_version=version("qlora-kit"),
         name=config.name,
+        continued_from=trained.continued_from,
     )
 
 

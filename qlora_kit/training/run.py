@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,6 @@ from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
-    attach_lora,
     base_quantization,
     compute_dtype,
     default_device,
@@ -32,9 +30,8 @@ from qlora_kit.models import (
     load_tokenizer,
     quantization_facts,
     require_target_modules,
-    trainable_parameters,
 )
-from qlora_kit.stop_token import choose_token_rows
+from qlora_kit.stop_token import TokenRows, choose_token_rows
 from qlora_kit.token_rows import show_bias_of_head
 from qlora_kit.training.callbacks import (
     EXIT_CODES,
@@ -43,7 +40,9 @@ from qlora_kit.training.callbacks import (
     StopOnSignal,
     TrainingProgress,
 )
+from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
+from qlora_kit.training.figures import run_figures
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
@@ -52,7 +51,9 @@ from qlora_kit.training.run_folder import (
     require_space_for_run,
 )
 from qlora_kit.training.settings import portable, require_same_run, write_start
+from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, require_fitting_start
 from qlora_kit.training.stop_rate import stop_rate
+from qlora_kit.training.strategies import Strategies, checked_strategies, take_up_stopped_run
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,6 +72,9 @@ class TrainResult:
         steps: Optimizer steps in all.
         train_loss: Mean loss over the run's last log interval.
         eval_loss: Validation loss of the adapter that was kept; None without validation data.
+        task_metric: The kept adapter's ``train.metric_for_best_model``, where that is a metric of answers; else None.
+        kept_step: The step whose adapter was kept.
+        stopped_early: Whether ``train.early_stopping_patience`` ended the run before its last step.
         stop_rate: Share of the answers to ``eval.stop_rate_rows`` validation prompts that end by themselves; None
             where none was asked for.
         tokens_per_second: Tokens through the model, padding left out, over the training time with its evaluations.
@@ -89,6 +93,9 @@ class TrainResult:
     steps: int
     train_loss: float
     eval_loss: float | None
+    task_metric: float | None
+    kept_step: int
+    stopped_early: bool
     stop_rate: float | None
     tokens_per_second: float
     rows: int
@@ -122,7 +129,7 @@ def train(
         progress: Told after every step.
 
     Raises:
-        ConfigError, DataError, BaseModelError, OutputError: Something given is wrong; nothing was trained.
+        ConfigError, DataError, BaseModelError, AdapterError, OutputError: Something is wrong; nothing was trained.
         GuardError: The loss, or a trained weight, became non-finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
@@ -132,27 +139,36 @@ def train(
     described = resolve_description(config.model.base, config.model.revision)
     config = config.model_copy(update={"quantization": base_quantization(described, config.quantization)})
     tokenizer = load_tokenizer(described)
+    config, earlier = with_earlier_adapter(config, described)
     data = tokenised_data(config, tokenizer)
     data.require_usable()
     if checkpoint is not None:
         require_same_run(folder, config)
     device = default_device()
     arguments = _sft_config(config, device)
+    strategies = checked_strategies(config, arguments, device, tokenizer)
     ref = resolve_base(config.model.base, config.model.revision)
     require_target_modules(ref, config.lora)
+    require_fitting_start(config, ref, tokenizer, earlier)
     require_space_for_run(
         folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), checkpoints=config.train.save_total_limit
     )
-    model, quantization = _load_model(config, ref, tokenizer, device=device)
+    model, quantization = _load_model(config, ref, tokenizer, data, device=device, earlier=earlier, resumed=checkpoint)
     if checkpoint is None:
         clear_run_folder(folder)
         write_start(config, folder)
     try:
         with full_disk_errors(folder):
             trainer, seconds = _run(
-                model, arguments, tokenizer, (data.train, data.validation), checkpoint=checkpoint, progress=progress
+                model,
+                arguments,
+                tokenizer,
+                (data.train, data.validation),
+                strategies=strategies,
+                checkpoint=checkpoint,
+                progress=progress,
             )
-            metrics = _metrics(trainer, data, seconds) | {"stop_rate": _stop_rate(model, config, data, tokenizer)}
+            metrics = run_figures(trainer, data, seconds) | {"stop_rate": _stop_rate(model, config, data, tokenizer)}
             note_speed(config.model.base, device, metrics["tokens_per_second"])
             trained = Trained(
                 config=config,
@@ -163,6 +179,7 @@ def train(
                 ledger=data.ledger,
                 metrics=metrics,
                 history=tuple(trainer.state.log_history),
+                continued_from=None if earlier is None else earlier.origin,
             )
             publish(folder, lambda staging: write_run_files(trained, staging))
     except BaseException:
@@ -202,16 +219,24 @@ def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
 
 
 def _load_model(
-    config: RunConfig, ref: BaseRef, tokenizer: PreTrainedTokenizerBase, *, device: torch.device
+    config: RunConfig,
+    ref: BaseRef,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TokenisedData,
+    *,
+    device: torch.device,
+    earlier: EarlierAdapter | None,
+    resumed: Path | None,
 ) -> tuple[PeftModel, dict[str, Any]]:
-    """The base with a new adapter on it, and the quantization facts of the untouched base."""
-    rows = choose_token_rows(ref, tokenizer, config.lora)
+    """The base with the first adapter on it, and the quantization facts of the untouched base."""
+    rows = TokenRows({}) if earlier is not None else choose_token_rows(ref, tokenizer, config.lora)
     if rows.message is not None:
         logger.warning("%s", rows.message)
     set_seed(config.train.seed)
     base = load_base_model(ref, config.quantization, device=device)
     facts = quantization_facts(config.quantization, base)
-    model = attach_lora(base, config.lora, rows.indices)
+    start = AdapterStart(earlier, data.train, tokenizer.pad_token_id, resumed, rows.indices)
+    model = attach_adapter(base, config, start, ref=ref, quantization=facts)
     show_bias_of_head(model)
     return model, facts
 
@@ -222,6 +247,7 @@ def _run(
     tokenizer: PreTrainedTokenizerBase,
     rows: tuple[Dataset | None, Dataset | None],
     *,
+    strategies: Strategies,
     checkpoint: Path | None,
     progress: Callable[[TrainingProgress], None] | None,
 ) -> tuple[GuardedTrainer, float]:
@@ -230,17 +256,24 @@ def _run(
 
     stop = StopOnSignal()
     datasets.disable_progress_bars()
-    trainer = GuardedTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows[0],
-        eval_dataset=rows[1],
-        processing_class=tokenizer,
-        callbacks=[stop] if progress is None else [stop, ProgressCallback(progress)],
-    )
+    masters = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():  # TRL means to drop it in its next major version, which the kit does not take
+        warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
+        trainer = GuardedTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows[0],
+            eval_dataset=rows[1],
+            processing_class=tokenizer,
+            callbacks=[stop] if progress is None else [stop, ProgressCallback(progress)],
+        )
     trainer.remove_callback(PrinterCallback)  # it writes to stdout, which holds results only
-    _keep_master_weights_in_fp32(model)
+    _put_back_master_weights(model, masters)
+    strategies.attach(trainer)
     began = time.monotonic()
+    if checkpoint is not None and strategies.had_stopped_at(checkpoint):
+        take_up_stopped_run(trainer, checkpoint)
+        return trainer, time.monotonic() - began
     with stop.listening():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.received is not None:
@@ -266,11 +299,11 @@ def _stop_rate(
     )
 
 
-def _keep_master_weights_in_fp32(model: PeftModel) -> None:
-    """Undo TRL's cast of the adapter to bf16, which loses small updates and makes a resumed run differ."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+def _put_back_master_weights(model: PeftModel, masters: Mapping[str, torch.Tensor]) -> None:
+    """Undo TRL's cast of the adapter to bf16, which loses small updates and rounds the weights that it begins with."""
+    for name, parameter in model.named_parameters():
+        if name in masters:
+            parameter.data = masters[name].to(parameter.device)
 
 
 def _require_finite_weights(model: PeftModel) -> None:
@@ -298,32 +331,3 @@ def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
     if stop.received is not None:
         error.exit_code = EXIT_CODES[stop.received]
     return error
-
-
-def _metrics(trainer: GuardedTrainer, data: TokenisedData, seconds: float) -> dict[str, Any]:
-    """The figures of the run, as ``TrainResult`` names them."""
-    report = data.ledger.report()
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    best = trainer.state.best_metric if trainer.args.load_best_model_at_end else None
-    latest = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    return {
-        "steps": trainer.state.global_step,
-        "train_loss": losses[-1] if losses else trainer.state.log_history[-1]["train_loss"],
-        "eval_loss": best if best is not None else (latest[-1] if latest else None),
-        "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
-        "rows": data.ledger.report("train").kept,
-        "dropped_rows": report.dropped + report.truncated + report.duplicates,
-        "supervised_tokens": data.ledger.supervised_tokens["train"],
-        "trainable_parameters": trainable_parameters(trainer.model),
-        "trained_token_rows": trainer.model.peft_config["default"].trainable_token_indices,
-        "peak_bytes": _peak_bytes(),
-        "seconds": round(seconds, 2),
-    }
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

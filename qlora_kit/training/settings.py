@@ -6,11 +6,14 @@ import json
 import os
 from pathlib import Path
 
+from qlora_kit.adapters import AdapterStore
+from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.config import PartSection, RunConfig, Source
 from qlora_kit.data.ledger import SPLITS, Problem
 from qlora_kit.data.sources import Sources, locate_file
 from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.strict_json import read_json_object
+from qlora_kit.training.continuing import weights_sha256
 
 CONFIG_FILE = "config.yaml"
 START_FILE = "run.json"
@@ -67,17 +70,21 @@ def require_same_run(folder: Path, config: RunConfig) -> None:
 def _difference(key: str, began: object, now: object) -> str:
     if key in {f"data.{split}" for split in SPLITS}:
         return f"--resume: the files of {key} hold other data"
+    if key == "model.adapter" and began is not None and now is not None:
+        return "--resume: model.adapter names other weights"
     return f"--resume: {key} is {now!r}, the run began with {began!r}"
 
 
 def _settings(config: RunConfig) -> dict[str, object]:
-    """Every key of the configuration, dotted, with its value; in place of data files, the hashes of their bytes."""
+    """Every key of the configuration, dotted, with its value; in place of files and adapters, hashes of their bytes."""
     flat: dict[str, object] = {}
     for section, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
             flat |= {f"{section}.{key}": item for key, item in value.items()}
         else:
             flat[section] = value
+    if config.model.adapter is not None:
+        flat["model.adapter"] = weights_sha256(AdapterStore(DEFAULT_STORE).get(config.model.adapter))
     flat["data.mix"] = [part.model_dump(mode="json", exclude=set(SPLITS)) for part in config.data.mix]
     sources = Sources(config)
     for split in SPLITS:
