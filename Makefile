@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TASKS  := sentiment translation question_answering code_generation text_generation
 
-.PHONY: demo test lint fmt bench adapters tiny datasets clean
+.PHONY: demo test lint fmt bench adapters tiny datasets memory clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ datasets: $(VENV)/installed  ## write datasets/ again (the same bytes)
 
 tiny: $(VENV)/installed      ## pretrain the embedded base again (about 50 minutes on two cores)
 	$(BIN)/python scripts/build_tiny_base.py --work /tmp/qlora-kit-tiny
+
+memory: $(VENV)/installed    ## write docs/memory.md and its plot again (the plot needs matplotlib)
+	$(BIN)/python scripts/build_memory_doc.py
 
 clean:                       ## remove the virtual environment and everything that runs wrote
 	rm -rf $(VENV) runs merged

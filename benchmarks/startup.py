@@ -1,4 +1,4 @@
-"""How long light commands take as whole processes: `qlora-kit --help` and `adapters list` with 1,000 adapters.
+"""How long light commands take as whole processes: `qlora-kit --help`, `plan`, and `adapters list` with 1,000 adapters.
 
     python benchmarks/startup.py [--quick] [--json FILE]
 
@@ -57,6 +57,7 @@ def main() -> None:
         commands = {
             "python -c pass": [sys.executable, "-c", "pass"],
             "qlora-kit --help": [kit, "--help"],
+            "qlora-kit plan": [kit, "plan", str(ROOT / "configs" / "sentiment.yaml"), "--gpu", "24GiB", "--json"],
             f"qlora-kit adapters list ({ADAPTERS:,} adapters)": [kit, "adapters", "list", "--store", str(store)],
         }
         figures = {name: round(seconds(command, runs), 4) for name, command in commands.items()}

@@ -139,6 +139,11 @@ class Architecture:
         """How many parameters the model has."""
         return sum(self.parameters_by_part().values())
 
+    def vector_parameters(self) -> int:
+        """How many of them stand in norms and biases."""
+        of_one_layer = sum(prod(plan.shape) for _, plan in self._layer_tensors() if len(plan.shape) == 1)
+        return self.layers * of_one_layer + self.hidden_size
+
     def _linears(self) -> dict[str, tuple[tuple[int, int], bool]]:
         """The linear layers of one block: name to (out, in) and whether there is a bias."""
         hidden, inner = self.hidden_size, self.intermediate_size

@@ -1,8 +1,16 @@
-"""How much memory the host has left for a new program."""
+"""How much memory the host has left for a new program: what is free, and what its control groups still grant."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+_UNLIMITED_BYTES = 2**60  # version 1 of cgroups writes a number of this size for "no limit"
+
+
+def free_memory_bytes() -> int | None:
+    """What this process can still take: the less of the two below; None where neither is known."""
+    known = [free for free in (available_memory_bytes(), cgroup_free_bytes()) if free is not None]
+    return min(known, default=None)
 
 
 def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
@@ -14,3 +22,35 @@ def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
         if key == "MemAvailable":
             return int(value.split()[0]) * 1024
     return None
+
+
+def cgroup_free_bytes(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the process's control group, or one above it, still grants; None where nothing limits it."""
+    if not membership.is_file():
+        return None
+    free: list[int] = []
+    for line in membership.read_text(encoding="utf-8").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            top, limit, used = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):  # version 1
+            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = top / group.strip("/")
+        for place in (folder, *folder.parents):
+            if place == top.parent:
+                break
+            limit_bytes, used_bytes = _number(place / limit), _number(place / used)
+            if limit_bytes is not None and used_bytes is not None and limit_bytes < _UNLIMITED_BYTES:
+                free.append(limit_bytes - used_bytes)
+    return min(free, default=None)
+
+
+def _number(path: Path) -> int | None:
+    """The number in a file of the kernel; None for ``max``, or where the file is not there."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

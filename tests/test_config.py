@@ -317,6 +317,12 @@ def test_a_metric_needs_evaluations(tmp_path: Path) -> None:
     assert fault.startswith("run.yaml:7: train.metric_for_best_model is 'accuracy', and eval_strategy is 'no'")
 
 
+def test_the_plan_of_memory_has_three_ways(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, SMALL), ["train.memory=auto"]).train.memory == "auto"
+    with pytest.raises(ConfigError, match=r"train\.memory(.|\n)*check(.|\n)*auto(.|\n)*ignore"):
+        load_config(write(tmp_path, SMALL), ["train.memory=never"])
+
+
 def test_config_is_frozen(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, SMALL))
     with pytest.raises(ValueError, match="frozen"):
@@ -327,7 +333,7 @@ def test_declared_train_fields_are_sft_fields_and_free() -> None:
     from qlora_kit.config.sft_fields import sft_fields
 
     own = {"metric_rows", "loraplus_lr_ratio", "layerwise_lr_decay", "unfreeze_layers_every"}
-    own |= {"early_stopping_patience", "early_stopping_threshold"}
+    own |= {"early_stopping_patience", "early_stopping_threshold", "memory"}
     assert set(kit_fields()) == own
     assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"} | own
     assert not set(CONTROLLED) & set(TrainSection.model_fields)

@@ -37,7 +37,6 @@ from qlora_kit.doctor.devices import (
 )
 from qlora_kit.doctor.environment import (
     Folder,
-    cgroup_free_bytes,
     check_base,
     check_folder,
     check_hub,
@@ -48,7 +47,7 @@ from qlora_kit.doctor.environment import (
 from qlora_kit.doctor.references import Reference, load_reference, save_reference
 from qlora_kit.doctor.tested_versions import Metadata, check_extra, check_kit, check_library, check_python
 from qlora_kit.doctor.training import Measured, measure
-from qlora_kit.host_memory import available_memory_bytes
+from qlora_kit.host_memory import available_memory_bytes, cgroup_free_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

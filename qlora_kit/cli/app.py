@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_kit.cli import adapters, adoption, data, doctor, evaluation, generation, info, init, merging, training
+from qlora_kit.cli import adapters, adoption, data, doctor, evaluation, generation, info, init, merging, plan, training
 from qlora_kit.errors import QloraKitError
 
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.command(name="doctor")(doctor.doctor)
 app.command(name="init")(init.init)
 app.command(name="info")(info.info)
+app.command(name="plan")(plan.plan)
 app.command(name="data")(data.check_data)
 app.command(name="train")(training.train)
 app.command(name="eval")(evaluation.evaluate)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -120,6 +120,9 @@ class TrainSection(BaseModel):
     """Learning rate of a layer over that of the layer above it (Howard & Ruder 2018); null: the same."""
     unfreeze_layers_every: Annotated[int, Field(ge=1)] | None = None
     """Begin with the top layer's adapters, and add the next layer's after every so many optimizer steps; null: all."""
+    memory: Literal["check", "auto", "ignore"] = "check"
+    """What to do with the plan of memory: ``check`` refuses what cannot fit, ``auto`` changes micro-batch, accumulation
+    and checkpointing to the fastest that fits, ``ignore`` tries anyway."""
 
 
 _HUB = ("the kit uploads nothing", "upload the run folder with the Hub's own tools")

@@ -22,7 +22,6 @@ from qlora_kit.doctor.devices import (
     usable_cores,
 )
 from qlora_kit.doctor.environment import (
-    cgroup_free_bytes,
     check_base,
     check_folder,
     check_hub,
@@ -38,7 +37,7 @@ from qlora_kit.doctor.tested_versions import (
     installed_versions,
     read_metadata,
 )
-from qlora_kit.host_memory import available_memory_bytes
+from qlora_kit.host_memory import available_memory_bytes, cgroup_free_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.doctor.comparison import Comparison

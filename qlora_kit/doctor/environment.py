@@ -13,7 +13,6 @@ from qlora_kit.doctor.checks import ENVIRONMENT, Check
 LITTLE_MEMORY_BYTES = 4 * 2**30
 LITTLE_DISK_BYTES = 2 * 2**30
 _GIB = 2**30
-_UNLIMITED_BYTES = 2**60  # version 1 of cgroups writes a number of this size for "no limit"
 _REINSTALL = "pip install --force-reinstall --no-deps qlora-kit, or `git checkout qlora_kit/bases` in a clone"
 
 
@@ -41,38 +40,6 @@ def check_system(name: str) -> Check:
         detail = "Windows: the kit locks files and limits processes as POSIX has it"
         return Check("system", False, detail, "use WSL 2 (Ubuntu), which has the GPU too", ENVIRONMENT)
     return Check("system", True, name)
-
-
-def cgroup_free_bytes(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What the process's control group, or one above it, still grants; None where nothing limits it."""
-    if not membership.is_file():
-        return None
-    free: list[int] = []
-    for line in membership.read_text(encoding="utf-8").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":  # version 2
-            top, limit, used = root, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):  # version 1
-            top, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = top / group.strip("/")
-        for place in (folder, *folder.parents):
-            if place == top.parent:
-                break
-            limit_bytes, used_bytes = _number(place / limit), _number(place / used)
-            if limit_bytes is not None and used_bytes is not None and limit_bytes < _UNLIMITED_BYTES:
-                free.append(limit_bytes - used_bytes)
-    return min(free, default=None)
-
-
-def _number(path: Path) -> int | None:
-    """The number in a file of the kernel; None for ``max``, or where the file is not there."""
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def check_memory(available_bytes: int | None, group_bytes: int | None) -> Check:

@@ -26,6 +26,7 @@ from qlora_kit.config import QuantizationSection
 from qlora_kit.config.trained_quantization import trained_quantization
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
 from qlora_kit.host_memory import available_memory_bytes
+from qlora_kit.memory.files import VERIFY_MARGIN
 from qlora_kit.merging.base_tensors import output_specs
 from qlora_kit.merging.same_codes import layout_of_codes, require_same_codes
 from qlora_kit.merging.token_rows import TrainedRows, locate_trained_rows
@@ -37,7 +38,6 @@ REPORT_FILE = "merge_report.json"
 WEIGHT_DTYPES = ("F16", "BF16", "F32")
 _SMALL_FILES_BYTES = 64 * 2**20
 _FP32_BYTES = 4
-_VERIFY_MARGIN = 1.3  # activations, logits, and what loading holds beside the weights
 
 Onto = Literal["dequantized", "original", "auto"]
 BaseMatch = Literal["fingerprint", "nf4_codes"]
@@ -236,7 +236,7 @@ def _refuse_overlap(out: Path, inputs: Mapping[str, Path]) -> None:
 
 def _require_memory(specs: Mapping[str, TensorSpec]) -> None:
     """Verifying holds a whole model in fp32; better refused here than killed after the writing."""
-    needed_bytes = _VERIFY_MARGIN * _FP32_BYTES * sum(prod(spec.shape) for spec in specs.values())
+    needed_bytes = VERIFY_MARGIN * _FP32_BYTES * sum(prod(spec.shape) for spec in specs.values())
     available_bytes = available_memory_bytes()
     if available_bytes is not None and available_bytes < needed_bytes:
         raise OutputError(

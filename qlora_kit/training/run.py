@@ -43,6 +43,7 @@ from qlora_kit.training.callbacks import (
 from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
+from qlora_kit.training.memory_check import begun_with, within_memory
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
@@ -143,8 +144,10 @@ def train(
     data = tokenised_data(config, tokenizer)
     data.require_usable()
     if checkpoint is not None:
+        config = begun_with(config, folder)
         require_same_run(folder, config)
     device = default_device()
+    config = within_memory(config, described, data.ledger, device=device, adapt=checkpoint is None)
     arguments = _sft_config(config, device)
     strategies = checked_strategies(config, arguments, device, tokenizer)
     ref = resolve_base(config.model.base, config.model.revision)

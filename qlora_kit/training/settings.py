@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.adapters import AdapterStore
 from qlora_kit.adapters.store import DEFAULT_STORE
@@ -18,8 +19,9 @@ from qlora_kit.training.continuing import weights_sha256
 CONFIG_FILE = "config.yaml"
 START_FILE = "run.json"
 MAX_START_BYTES = 2**20
+_START_AGAIN = "start again with --overwrite, or in another output_dir"
 # What may differ in a resumed run: where it lies, what it tells and what it keeps; no step's result depends on it.
-FREE_KEYS = ("name", "output_dir", "train.save_total_limit", "train.report_to")
+FREE_KEYS = ("name", "output_dir", "train.memory", "train.save_total_limit", "train.report_to")
 FREE_PREFIXES = ("eval.", "train.logging")
 
 
@@ -49,17 +51,29 @@ def write_start(config: RunConfig, folder: Path) -> None:
     (folder / START_FILE).write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
 
 
+def read_start(folder: Path) -> dict[str, Any]:
+    """What the run in ``folder`` began with: every key of its configuration, dotted.
+
+    Raises:
+        ConfigError: There is no sound file.
+    """
+    return read_json_object(folder / START_FILE, max_bytes=MAX_START_BYTES, error=ConfigError, fix=_START_AGAIN)
+
+
 def require_same_run(folder: Path, config: RunConfig) -> None:
     """Refuse to resume a run with settings or data that it did not begin with.
 
     Raises:
         ConfigError: With every key that differs, its old and its new value.
     """
-    fix = "start again with --overwrite, or in another output_dir"
-    began = read_json_object(folder / START_FILE, max_bytes=MAX_START_BYTES, error=ConfigError, fix=fix)
+    began = read_start(folder)
     now = json.loads(json.dumps(_settings(config)))
     faults = [
-        Fault(_difference(key, began.get(key), now.get(key)), "what the run began with", f"set {key} back, or {fix}")
+        Fault(
+            _difference(key, began.get(key), now.get(key)),
+            "what the run began with",
+            f"set {key} back, or {_START_AGAIN}",
+        )
         for key in sorted({*began, *now})
         if began.get(key) != now.get(key) and key not in FREE_KEYS and not key.startswith(FREE_PREFIXES)
     ]

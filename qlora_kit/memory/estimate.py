@@ -1,0 +1,91 @@
+"""Peak memory of a run by part: a ``Workload`` in, an ``Estimate`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_kit.memory import activations, parts
+from qlora_kit.memory.optimizers import OPTIMIZERS, optimizer_bytes, paged_bytes, step_bytes
+from qlora_kit.memory.workload import Workload
+
+CUDA_CONTEXT_BYTES = 500_000_000  # context, cuBLAS and kernels: torch does not count it, the driver does
+CPU_LIBRARIES_BYTES = 900_000_000  # resident size of Python with torch, transformers, PEFT and TRL
+# Of what comes and goes: freed blocks that do not fit the next request. The share of a GPU is not
+# measured yet; a CPU's malloc kept up to half as much again in runs of `tiny`.
+ALLOWANCE = {"cuda": 0.05, "cpu": 0.5}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The predicted peak of a run.
+
+    Attributes:
+        breakdown: Bytes by part, in the order of their lifetimes; they add up to ``peak_bytes``.
+        allocated_bytes: The part of it that torch allocates (``torch.cuda.max_memory_allocated``).
+        host_bytes: Optimizer state that moves to the host where the GPU is full.
+        notes: What is not counted, or is counted roughly.
+    """
+
+    breakdown: Mapping[str, int]
+    allocated_bytes: int
+    host_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything together, with context and allowance."""
+        return sum(self.breakdown.values())
+
+
+def estimate(workload: Workload) -> Estimate:
+    """The peak of ``workload``, for rows that all reach ``length``.
+
+    Training and validation passes compete: whichever takes more is the peak. The optimizer's temporaries count where
+    they exceed the activations, which are gone by then.
+    """
+    shared = activations.shared_bytes(workload)
+    checkpoints = activations.checkpoint_bytes(workload)
+    whole_pass = max(activations.peak_bytes_of_pass(workload), step_bytes(workload))
+    kept = shared + (checkpoints if workload.checkpointing else activations.saved_bytes(workload))
+    gradients = parts.gradient_bytes(workload)
+    evaluation = activations.evaluation_bytes(workload)
+    stays = {
+        "linear layers": parts.linear_bytes(workload),
+        "embedding and head": parts.embedding_bytes(workload),
+        "norms and biases": parts.small_bytes(workload),
+        "adapter": parts.adapter_bytes(workload),
+        "optimizer": optimizer_bytes(workload),
+    }
+    training = {
+        "gradients": gradients,
+        "checkpoints" if workload.checkpointing else "activations": min(kept, whole_pass),
+        "work of one block" if workload.checkpointing else "work": whole_pass - min(kept, whole_pass),
+    }
+    validation = {"gradients": 0, "validation batch": evaluation}
+    comes = training if gradients + whole_pass >= evaluation else validation
+    moving = sum(comes.values()) - comes["gradients"]
+    context = CUDA_CONTEXT_BYTES if workload.device == "cuda" else CPU_LIBRARIES_BYTES
+    breakdown = {
+        **stays,
+        **comes,
+        "allowance for fragmentation": int(ALLOWANCE[workload.device] * moving),
+        "context and libraries": context,
+    }
+    allocated = sum(stays.values()) + sum(comes.values())
+    return Estimate(breakdown, allocated, paged_bytes(workload), _notes(workload, comes is validation))
+
+
+def _notes(workload: Workload, validation_leads: bool) -> tuple[str, ...]:
+    notes = [f"{name} is not counted" for name in workload.uncounted]
+    if workload.optim not in OPTIMIZERS:
+        notes.append(f"the optimizer {workload.optim} is counted as adamw_torch, with 8 bytes for each trained number")
+    if workload.use_dora:
+        notes.append("DoRA also dequantizes each layer's weight to measure its norm; that is counted roughly")
+    if workload.full_logits:
+        notes.append("label smoothing keeps the logits of the whole micro-batch; that is counted roughly")
+    if activations.plain_attention(workload):
+        notes.append("without the flash kernel, attention keeps length x length numbers for each head")
+    if validation_leads:
+        notes.append("the peak is the validation batch (train.per_device_eval_batch_size), not training")
+    return tuple(notes)

@@ -1,0 +1,249 @@
+"""Whether a run fits a card, and what to change: a ``Workload`` and a ``Card`` in, a ``Plan`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_kit.architecture import read_architecture
+from qlora_kit.base_files import read_model_config, resolve_description
+from qlora_kit.config import RunConfig
+from qlora_kit.memory.cards import CARDS, Card
+from qlora_kit.memory.estimate import Estimate, estimate
+from qlora_kit.memory.files import file_bytes, merge_memory_bytes
+from qlora_kit.memory.optimizers import state_of
+from qlora_kit.memory.speed import tokens_per_second
+from qlora_kit.memory.workload import Device, Workload, workload_of
+
+SMALL_OPTIMIZER = "paged_adamw_8bit"
+ROUND_TOKENS = 64  # a longest max_length is rounded down to a multiple of it
+WORTHWHILE = 1.05  # a suggestion has to be this much faster, or take rows this much longer
+SAME_SPEED = 0.98  # candidates this near to the fastest count as equally fast; the one with fewer changes wins
+_RANKED_BY = CARDS["RTX 4090"]  # where a card's speed is not known; only the order matters
+_KEYS = {  # field of Workload -> key of the train section
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "checkpointing": "gradient_checkpointing",
+    "optim": "optim",
+    "length": "max_length",
+}
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings that fit.
+
+    Attributes:
+        why: What they are good for.
+        changes: Keys of the ``train`` section with their values, only those that differ from the config.
+        workload: The run with them.
+        peak_bytes: Its predicted peak.
+        tokens_per_second: Its ceiling on the card; None where the card's speed is not known.
+    """
+
+    why: str
+    changes: Mapping[str, Any]
+    workload: Workload
+    peak_bytes: int
+    tokens_per_second: float | None
+
+    @property
+    def yaml_lines(self) -> tuple[str, ...]:
+        """The changes as lines to paste into a config."""
+        return ("train:", *(f"  {key}: {_as_yaml(value)}" for key, value in self.changes.items()))
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``plan --json`` prints it."""
+        return {
+            "why": self.why,
+            "train": dict(self.changes),
+            "yaml": "\n".join(self.yaml_lines),
+            "peak_bytes": self.peak_bytes,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a card.
+
+    Attributes:
+        workload: The run.
+        card: The card.
+        estimate: The predicted peak by part.
+        longest_max_length: The most tokens a row may have with the other settings as they are; 0 where none fits.
+        tokens_per_second: The card's ceiling for it; None where its speed is not known.
+        suggestions: What to change, the fastest first; empty where the config is as good as any.
+    """
+
+    workload: Workload
+    card: Card
+    estimate: Estimate
+    longest_max_length: int
+    tokens_per_second: float | None
+    suggestions: tuple[Suggestion, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within what the card has free."""
+        return self.estimate.peak_bytes <= self.card.free_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``plan --json`` prints it."""
+        return {
+            "peak_bytes": self.estimate.peak_bytes,
+            "fits": self.fits,
+            "breakdown": dict(self.estimate.breakdown),
+            "longest_max_length": self.longest_max_length,
+            "suggestions": [suggestion.to_json() for suggestion in self.suggestions],
+            "allocated_bytes": self.estimate.allocated_bytes,
+            "host_bytes": self.estimate.host_bytes,
+            "card": self.card.name,
+            "card_bytes": self.card.memory_bytes,
+            "free_bytes": self.card.free_bytes,
+            "tokens_per_second": self.tokens_per_second,
+            "trainable_parameters": self.workload.trainable,
+            "file_bytes": dict(file_bytes(self.workload)),
+            "merge_memory_bytes": dict(merge_memory_bytes(self.workload)),
+            "notes": list(self.estimate.notes),
+        }
+
+
+def estimate_memory(config: RunConfig, card: Card, *, device: Device = "cuda") -> Plan:
+    """The plan of a config's run on ``card``, from the base's ``config.json`` alone; nothing is loaded.
+
+    Args:
+        config: From ``load_config``.
+        card: From ``cards.find_card`` or ``cards.card_at_hand``.
+        device: ``cpu`` plans for host memory of the card's size.
+
+    Raises:
+        BaseModelError: The base is not found, or is of a family whose tensors are not known.
+    """
+    ref = resolve_description(config.model.base, config.model.revision)
+    base_config = read_model_config(ref)
+    architecture = read_architecture(base_config, where=str(ref.path / "config.json"))
+    return make_plan(workload_of(config, architecture, base_config=base_config, device=device, bf16=card.bf16), card)
+
+
+def make_plan(workload: Workload, card: Card) -> Plan:
+    """Estimate ``workload`` and look for what fits ``card`` and is faster, or takes longer rows."""
+    predicted = estimate(workload)
+    return Plan(
+        workload=workload,
+        card=card,
+        estimate=predicted,
+        longest_max_length=longest_length(workload, card.free_bytes),
+        tokens_per_second=tokens_per_second(workload, card),
+        suggestions=tuple(_suggestions(workload, card, fits=predicted.peak_bytes <= card.free_bytes)),
+    )
+
+
+def fastest_that_fits(workload: Workload, card: Card, *, optimizers: Sequence[str] = ()) -> Workload | None:
+    """The fastest settings with the same rows in each optimizer step and the same longest row; None where none fits.
+
+    Tried are the divisors of the effective batch as micro-batches, with and without checkpointing, with the configured
+    optimizer and ``optimizers``. The validation batch is halved until it fits.
+    """
+    fitting = [
+        candidate
+        for candidate in _candidates(workload, tuple(dict.fromkeys((workload.optim, *optimizers))), card.free_bytes)
+        if estimate(candidate).peak_bytes <= card.free_bytes
+    ]
+    if not fitting:
+        return None
+    speeds = [_speed(candidate, card) for candidate in fitting]
+    fast = [candidate for candidate, speed in zip(fitting, speeds, strict=True) if speed >= SAME_SPEED * max(speeds)]
+    return min(fast, key=lambda candidate: (len(changes(workload, candidate)), estimate(candidate).peak_bytes))
+
+
+def longest_length(workload: Workload, free_bytes: int) -> int:
+    """The longest ``max_length`` whose peak is within ``free_bytes``, rounded down; at most the base's context."""
+
+    def fits(length: int) -> bool:
+        return estimate(workload.with_(length=length)).peak_bytes <= free_bytes
+
+    most = workload.architecture.context_length
+    if fits(most):
+        return most
+    low, high = 0, most  # `low` fits, or is 0; `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low if low < ROUND_TOKENS else low - low % ROUND_TOKENS
+
+
+def changes(before: Workload, after: Workload) -> dict[str, Any]:
+    """The keys of the ``train`` section that turn one run into the other."""
+    return {key: vars(after)[field] for field, key in _KEYS.items() if vars(after)[field] != vars(before)[field]}
+
+
+def _suggestions(workload: Workload, card: Card, *, fits: bool) -> Iterator[Suggestion]:
+    small = () if workload.device == "cpu" or _is_small(workload.optim) else (SMALL_OPTIMIZER,)
+    fastest = fastest_that_fits(workload, card, optimizers=small)
+    if fastest is not None and fastest != workload:
+        faster = _speed(fastest, card) >= WORTHWHILE * _speed(workload, card)
+        if faster or not fits:
+            why = "the fastest that fits, with as many rows in each optimizer step"
+            yield _suggestion(why, workload, fastest, card)
+    leanest = _leanest(workload, *small)
+    longest = longest_length(leanest, card.free_bytes)
+    reached = longest_length(workload, card.free_bytes)  # told anyway
+    if (longest > workload.length and longest >= WORTHWHILE * reached) or (fastest is None and longest):
+        why = "the longest rows that fit"
+        yield _suggestion(why, workload, leanest.with_(length=longest), card)
+
+
+def _leanest(workload: Workload, *optimizers: str) -> Workload:
+    """One row at a time, checkpointing, and the smaller optimizer if there is one to take."""
+    return workload.with_(
+        batch_size=1,
+        accumulation=workload.effective_batch,
+        checkpointing=True,
+        eval_batch_size=min(workload.eval_batch_size, 1),
+        optim=optimizers[0] if optimizers else workload.optim,
+    )
+
+
+def _suggestion(why: str, before: Workload, after: Workload, card: Card) -> Suggestion:
+    peak_bytes = estimate(after).peak_bytes
+    return Suggestion(why, changes(before, after), after, peak_bytes, tokens_per_second(after, card))
+
+
+def _candidates(workload: Workload, optimizers: Sequence[str], free_bytes: int) -> Iterator[Workload]:
+    rows = workload.effective_batch
+    for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
+        for checkpointing in (False, True):
+            for optim in optimizers:
+                candidate = workload.with_(
+                    batch_size=batch_size,
+                    accumulation=rows // batch_size,
+                    checkpointing=checkpointing,
+                    optim=optim,
+                )
+                yield _with_validation_that_fits(candidate, free_bytes)
+
+
+def _with_validation_that_fits(workload: Workload, free_bytes: int) -> Workload:
+    while workload.eval_batch_size > 1 and estimate(workload).peak_bytes > free_bytes:
+        training = estimate(workload.with_(eval_batch_size=0)).peak_bytes
+        if training > free_bytes:
+            break
+        workload = workload.with_(eval_batch_size=workload.eval_batch_size // 2)
+    return workload
+
+
+def _speed(workload: Workload, card: Card) -> float:
+    known = card.tflops is not None and card.gigabytes_per_second is not None
+    return tokens_per_second(workload, card if known else _RANKED_BY) or 0.0
+
+
+def _is_small(optim: str) -> bool:
+    state = state_of(optim)
+    return state.in_8_bits or state.factored or state.paged or state.moments == 0
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,42 @@
+"""The most tokens a second that a card can train: floating-point operations and passes over the weights."""
+
+from __future__ import annotations
+
+from qlora_kit.memory.cards import Card
+from qlora_kit.memory.parts import linear_weights
+from qlora_kit.memory.workload import Workload
+
+_FOUR_BIT_PASS_BYTES = 2.516  # of a weight: 0.516 read, 2 written in 16 bits, each time that it is dequantized
+_SIXTEEN_BIT_PASS_BYTES = 2.0
+
+
+def operations_per_token(workload: Workload) -> float:
+    """Floating-point operations for each token of a training step.
+
+    With N the weights of the linear layers, h those of the head, P those of the adapter and a = S·heads·head_dim·layers
+    for attention that skips what causality masks: 4N + 6h + 6P + 7a without checkpointing, 6N + 6h + 8P + 9a with it.
+    Two for forward and two for the gradient of the inputs; the frozen weights get no gradient, the adapter does. Of 6h,
+    2h are TRL's chunked loss, which computes the logits again in the backward pass.
+    """
+    architecture = workload.architecture
+    linear = linear_weights(workload.architecture)
+    head = architecture.vocab_size * architecture.hidden_size
+    attention = workload.length * architecture.heads * architecture.head_dim * architecture.layers
+    if workload.checkpointing:
+        return 6 * linear + 6 * head + 8 * workload.trainable + 9 * attention
+    return 4 * linear + 6 * head + 6 * workload.trainable + 7 * attention
+
+
+def tokens_per_second(workload: Workload, card: Card) -> float | None:
+    """Tokens a second at the card's full speed, padding included; real runs stay below. None where it is not known.
+
+    A micro-batch takes its operations at the data sheet's rate, and one pass over the weights in each of forward,
+    backward and, with checkpointing, the second forward, at the data sheet's bandwidth.
+    """
+    if card.tflops is None or card.gigabytes_per_second is None:
+        return None
+    computing = workload.tokens * operations_per_token(workload) / (card.tflops * 1e12)
+    passes = 3 if workload.checkpointing else 2
+    pass_bytes = _FOUR_BIT_PASS_BYTES if workload.load_in_4bit else _SIXTEEN_BIT_PASS_BYTES
+    reading = passes * pass_bytes * linear_weights(workload.architecture) / (card.gigabytes_per_second * 1e9)
+    return workload.tokens / (computing + reading)

@@ -1,0 +1,223 @@
+"""What a training run's memory depends on: one ``RunConfig``, an architecture and a device in, a ``Workload`` out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+from qlora_kit.adapters.lora_settings import LoraSettings
+from qlora_kit.architecture import Architecture
+from qlora_kit.config import LoraSection, RunConfig
+
+Device = Literal["cuda", "cpu"]
+DEFAULT_EVAL_BATCH = 8  # transformers' TrainingArguments.per_device_eval_batch_size
+_UNCOUNTED = {  # field of SFTConfig -> the value that changes nothing; any other changes memory in ways not counted
+    "use_liger_kernel": False,
+    "activation_offloading": False,
+    "torch_compile": False,
+}
+
+
+class Pair(NamedTuple):
+    """A LoRA pair: the linear layer that it stands beside, and its rank.
+
+    Attributes:
+        module: The layer's own name, ``q_proj``.
+        out_features: Rows of its weight.
+        in_features: Columns of its weight.
+        r: The rank.
+    """
+
+    module: str
+    out_features: int
+    in_features: int
+    r: int
+
+    @property
+    def parameters(self) -> int:
+        """Of A (r, in) and B (out, r)."""
+        return self.r * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training run, as far as its memory goes.
+
+    Attributes:
+        architecture: The base.
+        layers: The pairs of each transformer block, from the first block on.
+        trained_whole: Parameters of ``lora.modules_to_save``, which are copied and trained.
+        batch_size: Rows of a micro-batch.
+        length: Tokens of its longest row.
+        most_rows: How many rows the data have at all; 0 where that is not known.
+        accumulation: Micro-batches of an optimizer step.
+        eval_batch_size: Rows of a validation batch; 0 without validation.
+        eval_length: Tokens of its longest row; 0 for ``length``.
+        checkpointing: Whether activations are computed again in the backward pass.
+        optim: transformers' name of the optimizer.
+        load_in_4bit: Whether the linear layers are 4-bit codes.
+        double_quant: Whether the scales of the codes are quantized too.
+        compute_bytes: Of one number in the forward pass: 2 (bf16, fp16; the adapters are cast by autocast) or 4.
+        device: ``cuda`` or ``cpu``.
+        flash: Whether the device has the flash attention kernel (16 bits, NVIDIA's Ampere or later).
+        packing: Whether rows are put together to sequences of ``length``.
+        dropout: Whether there is dropout before ``lora_A``.
+        use_dora: Whether the pairs are DoRA's.
+        full_logits: Whether the loss needs all logits at once (label smoothing).
+        uncounted: Settings that change memory in ways that are not counted.
+    """
+
+    architecture: Architecture
+    layers: tuple[tuple[Pair, ...], ...]
+    batch_size: int
+    length: int
+    trained_whole: int = 0
+    accumulation: int = 1
+    eval_batch_size: int = 0
+    eval_length: int = 0
+    most_rows: int = 0
+    checkpointing: bool = False
+    optim: str = "adamw_torch"
+    load_in_4bit: bool = True
+    double_quant: bool = True
+    compute_bytes: int = 2
+    device: Device = "cuda"
+    flash: bool = True
+    packing: bool = False
+    dropout: bool = False
+    use_dora: bool = False
+    full_logits: bool = False
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch, padding included."""
+        return self.rows * self.length
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch: no more than there are."""
+        return min(self.batch_size, self.most_rows) if self.most_rows else self.batch_size
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows of one optimizer step."""
+        return self.batch_size * self.accumulation
+
+    @property
+    def trainable(self) -> int:
+        """Numbers that are trained."""
+        pairs = sum(count * sum(pair.parameters for pair in block) for block, count in self.kinds.items())
+        return pairs + self.trained_whole
+
+    @property
+    def kinds(self) -> Counter[tuple[Pair, ...]]:
+        """Blocks of different pairs, and how many there are of each; mostly one."""
+        return Counter(self.layers)
+
+    @property
+    def masked(self) -> bool:
+        """Whether attention gets a mask of its own: rows of unequal length, packed rows, or a window that bites.
+
+        Without one, transformers 5 leaves the mask out and SDPA is told ``is_causal``.
+        """
+        window = self.architecture.sliding_window
+        return self.rows > 1 or self.packing or (window is not None and self.length >= window)
+
+    def with_(self, **changes: Any) -> Workload:
+        """The same run with other settings."""
+        return replace(self, **changes)
+
+
+def workload_of(
+    config: RunConfig,
+    architecture: Architecture,
+    *,
+    base_config: Mapping[str, Any],
+    device: Device = "cuda",
+    bf16: bool = True,
+) -> Workload:
+    """The workload of a config.
+
+    Args:
+        config: The run.
+        architecture: Of its base.
+        base_config: The base's ``config.json``; an already quantized base brings its own 4-bit settings.
+        device: Where it is trained.
+        bf16: Whether the GPU computes in bfloat16, as NVIDIA's do from Ampere on.
+    """
+    train, quantization = config.train, config.quantization
+    more = train.model_extra or {}
+    compute = quantization.bnb_4bit_compute_dtype
+    compute_bytes = 4 if compute == "float32" or (compute == "auto" and device == "cpu") else 2
+    load_in_4bit, double_quant = quantization.load_in_4bit, quantization.bnb_4bit_use_double_quant
+    stored = base_config.get("quantization_config")
+    if isinstance(stored, Mapping):  # the checkpoint's own settings win while it is loaded
+        load_in_4bit, double_quant = True, stored.get("bnb_4bit_use_double_quant") is True
+    validates = any(part.section.validation for part in config.parts()) and train.eval_strategy != "no"
+    return Workload(
+        architecture=architecture,
+        layers=lora_pairs(architecture, config.lora),
+        trained_whole=_trained_whole(architecture, config.lora),
+        batch_size=train.per_device_train_batch_size,
+        length=train.max_length,
+        accumulation=train.gradient_accumulation_steps,
+        eval_batch_size=more.get("per_device_eval_batch_size", DEFAULT_EVAL_BATCH) if validates else 0,
+        checkpointing=train.gradient_checkpointing,
+        optim=train.optim,
+        load_in_4bit=load_in_4bit,
+        double_quant=double_quant,
+        compute_bytes=compute_bytes,
+        device=device,
+        flash=device == "cpu" or (bf16 and compute_bytes == 2),
+        packing=train.packing,
+        dropout=config.lora.lora_dropout > 0,
+        use_dora=config.lora.use_dora,
+        full_logits=more.get("label_smoothing_factor", 0.0) > 0,
+        uncounted=tuple(
+            f"train.{name}" for name, usual in _UNCOUNTED.items() if more.get(name, usual) not in (usual, None)
+        ),
+    )
+
+
+def lora_pairs(architecture: Architecture, lora: LoraSection) -> tuple[tuple[Pair, ...], ...]:
+    """The LoRA pairs of each block, chosen by PEFT's rules."""
+    settings = LoraSettings(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        target_modules=lora.target_modules,
+        exclude_modules=() if lora.exclude_modules is None else lora.exclude_modules,
+        layers_to_transform=None,
+        layers_pattern=(),
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        modules_to_save=lora.modules_to_save,
+        trainable_token_indices={},
+        bias=lora.bias,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        ensure_weight_tying=False,
+        base_model_name_or_path=None,
+        peft_version=None,
+    )
+    blocks: list[list[Pair]] = [[] for _ in range(architecture.layers)]
+    for tensor, plan in architecture.tensors().items():
+        module = tensor.removesuffix(".weight")
+        if plan.part in ("attention", "mlp") and len(plan.shape) == 2 and settings.targets(module):
+            block = int(module.split(".")[2])  # model.layers.7.mlp.up_proj
+            pair = Pair(module.rpartition(".")[2], plan.shape[0], plan.shape[1], settings.rank_of(module))
+            blocks[block].append(pair)
+    return tuple(tuple(block) for block in blocks)
+
+
+def _trained_whole(architecture: Architecture, lora: LoraSection) -> int:
+    """Parameters of the modules that ``lora.modules_to_save`` names."""
+    names = lora.modules_to_save
+    return sum(
+        prod(plan.shape)
+        for tensor, plan in architecture.tensors().items()
+        if any(f".{name}." in f".{tensor}" for name in names)
+    )

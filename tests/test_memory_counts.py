@@ -1,0 +1,270 @@
+"""The planner's formulas against counted bytes: tensors of a loaded 4-bit base, of its optimizer, of autograd."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW as BitsAndBytesAdamW
+from torch.profiler import ProfilerActivity, profile
+from transformers import Adafactor, AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from qlora_kit.architecture import read_architecture
+from qlora_kit.base_files import BaseRef
+from qlora_kit.config import LoraSection, QuantizationSection, load_config
+from qlora_kit.four_bit import linear4bit_modules
+from qlora_kit.memory import activations, parts
+from qlora_kit.memory.optimizers import optimizer_bytes
+from qlora_kit.memory.workload import Workload, lora_pairs, workload_of
+from qlora_kit.models import attach_lora, load_base_model
+from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.training.run import train
+
+CPU = torch.device("cpu")
+SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
+BASES: dict[str, dict[str, Any]] = {
+    "qwen2": {**SHAPE, "model_type": "qwen2", "num_hidden_layers": 3, "vocab_size": 500},
+    "qwen3": {**SHAPE, "model_type": "qwen3", "num_hidden_layers": 2, "vocab_size": 300, "head_dim": 32},
+    "llama": {  # all sizes odd to blocks of 64 and 256, tied, no grouped heads
+        "model_type": "llama", "num_hidden_layers": 2, "vocab_size": 131, "hidden_size": 36, "intermediate_size": 52,
+        "num_attention_heads": 3, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are counted here, also of layers that a CPU would compute wrongly."""
+    monkeypatch.setattr("qlora_kit.models.refuse_wrong_cpu_layers", lambda model: None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base with random weights for each of ``BASES``."""
+    made = {}
+    for name, config in BASES.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        settings = {key: value for key, value in config.items() if key != "model_type"}
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings)).save_pretrained(
+            made[name]
+        )
+    return made
+
+
+def prepare(
+    folder: Path, *, lora: LoraSection, dtype: str, checkpointing: bool, **changes: Any
+) -> tuple[Any, Workload]:
+    """The model as training has it, and its workload."""
+    quantization = QuantizationSection(bnb_4bit_compute_dtype=dtype, **changes)
+    model = attach_lora(load_base_model(BaseRef("base", folder), quantization, device=CPU), lora)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data  # as training keeps it
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "is_top1"))
+    config = json.loads((folder / "config.json").read_text())
+    architecture = read_architecture(config, where="config.json")
+    workload = Workload(
+        architecture=architecture,
+        layers=lora_pairs(architecture, lora),
+        batch_size=2,
+        length=24,
+        checkpointing=checkpointing,
+        compute_bytes=2 if dtype == "bfloat16" else 4,
+        device="cpu",
+        dropout=lora.lora_dropout > 0,
+        double_quant=quantization.bnb_4bit_use_double_quant,
+    )
+    return model.train(), workload
+
+
+def storages(tensors: Iterable[Any]) -> dict[int, int]:
+    """Address to size of each storage, once."""
+    kept = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+
+
+def weight_tensors(model: torch.nn.Module) -> Iterator[Any]:
+    """Parameters, buffers and everything that quantization keeps beside them."""
+    yield from model.parameters()
+    yield from model.buffers()
+    yield from (vars(module).get("original_inv_freq") for module in model.modules())
+    for module in linear4bit_modules(model).values():
+        state = module.weight.quant_state
+        yield from (state.absmax, state.code, state.offset)
+        if state.state2 is not None:
+            yield from (state.state2.absmax, state.state2.code)
+
+
+@contextmanager
+def counting_saved(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps for the backward pass inside the block, without the model's own."""
+    own, saved, held = storages(weight_tensors(model)), {}, []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own and address not in saved and tensor.numel():
+            saved[address] = tensor.untyped_storage().nbytes()
+            held.append(tensor)  # else the address could be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
+def forward(model: Any, workload: Workload) -> torch.Tensor:
+    """The loss as TRL computes it, on a batch with one padded row if there are two."""
+    ids = torch.arange(workload.tokens).reshape(workload.batch_size, workload.length) % 50
+    mask = torch.ones_like(ids)
+    if workload.batch_size > 1:
+        mask[0, -3:] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=workload.compute_bytes == 2):
+        output = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, num_items_in_batch=1)
+    return -output.log_probs.sum()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT asks whether autocast is on for CUDA, and casts to fp32 elsewhere; let it take the GPU's path."""
+    original = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: original(*device) if device else True)
+
+
+# --- what stays ---
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("base", BASES)
+def test_weights_take_what_the_loaded_tensors_take(base: str, double_quant: bool, folders: dict[str, Path]) -> None:
+    quantization = QuantizationSection(bnb_4bit_use_double_quant=double_quant)
+    model = load_base_model(BaseRef(base, folders[base]), quantization, device=CPU)
+    config = json.loads((folders[base] / "config.json").read_text())
+    architecture = read_architecture(config, where="config.json")
+    workload = Workload(
+        architecture, layers=(), batch_size=1, length=1, compute_bytes=4, device="cpu", double_quant=double_quant
+    )
+    predicted = parts.linear_bytes(workload) + parts.embedding_bytes(workload) + parts.small_bytes(workload)
+    assert predicted == sum(storages(weight_tensors(model)).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("adamw_8bit", lambda parameters: BitsAndBytesAdamW(parameters, optim_bits=8)),
+        ("adafactor", lambda parameters: Adafactor(parameters, scale_parameter=False, relative_step=False, lr=1e-3)),
+        ("sgd", torch.optim.SGD),
+    ],
+)
+def test_adapter_gradients_and_optimizer_take_what_their_tensors_take(
+    name: str, make: Any, folders: dict[str, Path]
+) -> None:
+    lora = LoraSection(r=66, target_modules=["q_proj", "down_proj"])  # tensors above and below bitsandbytes' 4,096
+    model, workload = prepare(folders["qwen2"], lora=lora, dtype="float32", checkpointing=False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make(trained)
+    forward(model, workload).backward()
+    optimizer.step()
+    workload = workload.with_(optim=name)
+    assert parts.adapter_bytes(workload) == sum(storages(trained).values())
+    assert parts.gradient_bytes(workload) == sum(storages(parameter.grad for parameter in trained).values())
+    state = [entry for tensor_state in optimizer.state.values() for entry in tensor_state.values()]
+    # bitsandbytes' two tables of 256 values are shared by all tensors
+    tables = 2 * 1024 if name == "adamw_8bit" else 0
+    assert optimizer_bytes(workload) == sum(storages(state).values()) - tables
+
+
+# --- what autograd keeps ---
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["one row", "padded rows"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("base", BASES)
+def test_saved_activations_are_counted_exactly_in_fp32(
+    base: str, checkpointing: bool, rows: int, folders: dict[str, Path]
+) -> None:
+    lora = LoraSection(r=8)
+    model, workload = prepare(folders[base], lora=lora, dtype="float32", checkpointing=checkpointing)
+    assert_exact(model, workload.with_(batch_size=rows, length=17 + rows))
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("base", "checkpointing", "dropout", "rows"),
+    [("qwen2", False, 0.0, 1), ("qwen2", True, 0.0, 2), ("qwen3", False, 0.1, 2), ("llama", False, 0.0, 2)],
+)
+def test_saved_activations_are_counted_exactly_under_autocast(
+    base: str, checkpointing: bool, dropout: float, rows: int, folders: dict[str, Path]
+) -> None:
+    lora = LoraSection(r=8, lora_dropout=dropout, rank_pattern={"down_proj": 4})
+    model, workload = prepare(folders[base], lora=lora, dtype="bfloat16", checkpointing=checkpointing)
+    assert_exact(model, workload.with_(batch_size=rows, length=40))
+
+
+def assert_exact(model: Any, workload: Workload) -> None:
+    with counting_saved(model) as saved:
+        forward(model, workload)
+    predicted = activations.saved_bytes(workload)
+    if not workload.checkpointing:  # the checkpointed blocks' arguments hold them, out of the hooks' sight
+        boolean_mask = workload.batch_size * workload.length**2 if workload.masked else 0  # SDPA keeps its own copy
+        predicted += activations.shared_bytes(workload) - boolean_mask
+    assert sum(saved.values()) == predicted
+
+
+def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
+    run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[tuple[tuple[int, int], int]] = []
+    original = GuardedTrainer.compute_loss
+
+    def count(self: GuardedTrainer, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
+        shape = tuple(inputs["input_ids"].shape)
+        with counting_saved(model) as saved:
+            loss = original(self, model, inputs, *args, **more)
+        if model.training:
+            counted.append((shape, sum(saved.values())))
+        return loss
+
+    monkeypatch.setattr(GuardedTrainer, "compute_loss", count)
+    config = load_config(run_yaml, [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "data.validation="])
+    train(config)
+    base_config = json.loads((random_base / "config.json").read_text())
+    architecture = read_architecture(base_config, where="config.json")
+    workload = workload_of(config, architecture, base_config=base_config, device="cpu")
+    ((rows, length), saved_bytes) = counted[0]
+    workload = workload.with_(batch_size=rows, length=length)
+    predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload) - rows * length**2
+    assert saved_bytes == pytest.approx(predicted, abs=64)  # and the trainer's own scalars
+
+
+# --- the peak ---
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_the_peak_of_a_pass_is_what_the_allocator_saw(
+    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every allocation and release of one forward and backward pass, added up; the loss is made small beside them."""
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    config = {**SHAPE, "hidden_size": 128, "intermediate_size": 640, "vocab_size": 64, "num_hidden_layers": 3}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **config)).save_pretrained(tmp_path)
+    model, workload = prepare(tmp_path, lora=LoraSection(r=8), dtype="bfloat16", checkpointing=checkpointing)
+    workload = workload.with_(length=256, batch_size=1)
+    forward(model, workload).backward()  # gradients exist from here on
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        forward(model, workload).backward()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    live = peak = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        live += size
+        peak = max(peak, live)
+    assert activations.peak_bytes_of_pass(workload) == pytest.approx(peak, rel=0.05)

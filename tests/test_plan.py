@@ -1,0 +1,138 @@
+"""`qlora-kit plan`: from a config.json alone, without a heavy library, in 80 columns, with lines that fit to paste."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from qlora_kit import estimate_memory
+from qlora_kit.cli import main
+from qlora_kit.config import load_config
+from qlora_kit.memory.cards import GIB, find_card
+
+ROOT = Path(__file__).resolve().parent.parent
+DESIGN_KEYS = {"peak_bytes", "fits", "breakdown", "longest_max_length", "suggestions"}
+CONFIG = str(ROOT / "configs" / "qwen2.5-7b-24gb.yaml")
+QWEN_7B = {
+    "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 32768,
+    "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+}  # fmt: skip
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder that holds the config.json of a 7B model and nothing else."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_7B))
+    return tmp_path
+
+
+@pytest.fixture
+def plan(base: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The JSON object that `qlora-kit plan` prints for the 7B model and arguments."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        end(["plan", CONFIG, f"model.base={base}", *arguments, "--json"], code=0)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run
+
+
+def end(arguments: list[str], *, code: int) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert (ended.value.code or 0) == code
+
+
+def test_json_holds_the_plan(plan: Callable[..., dict[str, Any]], base: Path) -> None:
+    content = plan("--gpu", "RTX 4090")
+    assert set(content) >= DESIGN_KEYS
+    assert content["fits"] is True
+    assert content["peak_bytes"] == sum(content["breakdown"].values())
+    found = estimate_memory(load_config(CONFIG, [f"model.base={base}"]), find_card("4090"))
+    assert content == json.loads(json.dumps(found.to_json()))
+
+
+def test_pasted_lines_make_it_fit(plan: Callable[..., dict[str, Any]]) -> None:
+    given = ["train.gradient_checkpointing=false", "train.per_device_eval_batch_size=64", "train.packing=false"]
+    content = plan(*given, "--gpu", "12GiB")
+    assert content["fits"] is False
+    for suggestion in content["suggestions"]:
+        pasted = yaml.safe_load(suggestion["yaml"])["train"]
+        assert pasted == suggestion["train"]
+        again = plan(*given, *(f"train.{key}={json.dumps(value)}" for key, value in pasted.items()), "--gpu", "12GiB")
+        assert again["fits"] is True
+        assert again["peak_bytes"] == suggestion["peak_bytes"]
+
+
+def test_overrides_and_the_longest_length_hold(plan: Callable[..., dict[str, Any]]) -> None:
+    longest = plan("--gpu", "12GiB")["longest_max_length"]
+    assert plan("--gpu", "12GiB", f"train.max_length={longest}")["fits"] is True
+    assert plan("--gpu", "12GiB", f"train.max_length={longest + 64}")["fits"] is False
+
+
+def test_a_base_in_4_bits_brings_its_own_settings(plan: Callable[..., dict[str, Any]], base: Path) -> None:
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": False}
+    before = plan("--gpu", "24GiB")["breakdown"]["linear layers"]
+    (base / "config.json").write_text(json.dumps({**QWEN_7B, "quantization_config": settings}))
+    after = plan("--gpu", "24GiB", "quantization.load_in_4bit=false")["breakdown"]["linear layers"]
+    assert after / before == pytest.approx(0.5625 / 0.5159, rel=1e-3)
+
+
+def test_the_embedded_base_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    end(["plan", str(ROOT / "configs" / "sentiment.yaml"), "--gpu", "8GiB", "--json"], code=0)
+    content = json.loads(capsys.readouterr().out)
+    assert content["fits"] is True
+    assert content["peak_bytes"] < 3 * GIB
+
+
+@pytest.mark.parametrize("gpu", ["RTX 4090", "8GiB", "4GiB"])
+def test_the_text_fits_80_columns(
+    gpu: str, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    end(["plan", CONFIG, f"model.base={base}", "--gpu", gpu, "train.max_length=4096", "lora.use_dora=true"], code=0)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines[1:])) <= 80
+    text = "\n".join(lines)
+    for part in ("predicted, not measured", "linear layers", "█", "peak", "longest max_length", "DoRA"):
+        assert part in text
+    assert ("does not fit" in text) is (gpu != "RTX 4090")
+
+
+def test_nothing_heavy_is_imported(base: Path) -> None:
+    program = (
+        "import sys\nfrom qlora_kit.cli import main\n"
+        f"try:\n    main(['plan', {CONFIG!r}, {f'model.base={base}'!r}, '--gpu', '24GiB', '--json'])\n"
+        "except SystemExit:\n    pass\n"
+        "print(*sorted({'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules)))"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    first, second = process.stdout.splitlines()
+    assert json.loads(first)["fits"] is True
+    assert second == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "told"),
+    [
+        ({}, ["--gpu", "RTX 9999"], "24GiB"),
+        ({"model_type": "gpt2"}, ["--gpu", "24GiB"], "model_type"),
+        ({"hidden_size": 0}, ["--gpu", "24GiB"], "hidden_size"),
+        ({}, ["--gpu", "24GiB", "train.optim=adam"], "train.optim"),
+    ],
+)
+def test_mistakes_end_with_2(
+    changes: dict[str, Any], arguments: list[str], told: str, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (base / "config.json").write_text(json.dumps({**QWEN_7B, **changes}))
+    end(["plan", CONFIG, f"model.base={base}", *arguments], code=2)
+    message = capsys.readouterr().err
+    assert told in message
+    assert "expected: " in message and "do: " in message
