@@ -21,6 +21,11 @@ _FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>partial|old)$", re.DOTALL)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether ``name`` is that of a temporary sibling, which only a killed process leaves behind."""
+    return _LEFTOVER.match(name) is not None
+
+
 @contextmanager
 def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside ``target`` to write into: it becomes ``target`` when the block ends, vanishes when it raises.

@@ -20,6 +20,8 @@ SPEED_FILE = "training_speed.json"
 
 def note_speed(base: str, device: torch.device, tokens_per_second: float) -> None:
     """Keep the speed of a run that has ended; where the cache cannot be written, none is kept."""
+    if tokens_per_second <= 0:  # a resumed run that had nothing left to do
+        return
     path = cache_folder() / SPEED_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

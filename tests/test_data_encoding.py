@@ -422,3 +422,9 @@ def test_a_text_that_is_too_long_is_cut_and_told(chatml_tokenizer):
     (entry,) = ledger.entries
     assert entry.action == "truncated"
     assert f"the text was cut, its last {len(whole) + 1 - 30} tokens are lost" in entry.reason
+
+
+def test_a_prompt_does_not_depend_on_the_day(make_tokenizer):
+    tokenizer = make_tokenizer("qwen", "qwen2_5", eos_token=STOP)
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}" + trl_template("qwen2_5")
+    assert tokenizer.decode(render_prompt([Message("user", "Hi")], tokenizer)).startswith("26 July 2024")

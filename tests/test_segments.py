@@ -14,6 +14,7 @@ from qlora_kit.data.chat import read_turn_format
 from qlora_kit.data.cutting import Cut, cut_texts
 from qlora_kit.data.rendering import render_texts
 from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
+from qlora_kit.data.template_reading import only_joins_contents
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def test_conversations_are_cut_as_by_the_template(
 def test_a_template_that_looks_into_contents_is_caught_by_the_spot_check(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No trial can know what this template does; it is seen in the rows."""
+    """What reading the code and the trials would let pass is seen in the rows."""
+    monkeypatch.setattr(segments, "only_joins_contents", lambda template: True)
     tokenizer = make_tokenizer("qwen", "qwen2_5", eos_token=STOP)
     secret = "{% if 'secret' in messages[-1].content %}{{ bos_token or 'X' }}{% endif %}"
     tokenizer.chat_template = secret + tokenizer.chat_template
@@ -85,3 +87,43 @@ def test_roles_that_the_template_refuses_are_refused(make_tokenizer: Callable[..
     assert renderer.cut([conversation("q", "a")], [()]) == by_template([conversation("q", "a")], tokenizer)
     with pytest.raises(DataError, match="no system turn here"):
         renderer.cut([conversation("q", "a", system="s")], [()])
+
+
+@pytest.mark.parametrize(
+    ("template", "only_joins"),
+    [
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", True),
+        ("{{ messages[0]['content'] ~ 'x' }}", True),
+        ("{% if m.content %}{{ m['content'] }}{% endif %}", True),
+        ("{% if m.content is string and m.role == 'user' %}{{ m.content }}{% endif %}", True),
+        ("{{ m.content if m.content is defined else 'none' }}", True),
+        ("{% generation %}{{ m.content }}{% endgeneration %}", True),
+        ("{{ m.content | trim }}", False),
+        ("{{ m['content'].strip() }}", False),
+        ("{% if '/nothink' in m.content %}x{% endif %}{{ m.content }}", False),
+        ("{% if m.content.endswith('x') %}y{% endif %}", False),
+        ("{% set text = m.content %}{{ text.split('</think>')[-1] }}", False),
+        ("{% if m.content == 'x' %}y{% endif %}", False),
+        ("{{ messages | map(attribute='content') | join }}", False),
+        ("{% macro show(m) %}{{ m }}{% endmacro %}{{ show(m.content) }}", False),
+        ("{{ m.content[1:] }}", False),
+        ("{{ broken", False),
+    ],
+)
+def test_a_templates_code_tells_what_it_does_with_contents(template: str, only_joins: bool) -> None:
+    assert only_joins_contents(template) == only_joins
+
+
+def test_a_template_that_looks_into_contents_renders_every_row(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    """The rule of a template that marks user turns unless they end with the mark; there are fewer rows than a check."""
+    tokenizer = make_tokenizer("qwen", "qwen2_5", eos_token=STOP)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{{ '/nothink' if m.role == 'user' and not m.content.endswith('/nothink') else '' }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [conversation("q", "a"), conversation("q /nothink", "a")]
+    renderer = SegmentRenderer(tokenizer, read_turn_format(tokenizer))
+    assert renderer.cut(rows, [(), ()]) == by_template(rows, tokenizer)

@@ -9,7 +9,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -141,6 +141,63 @@ def test_changed_data_tokenizer_or_template_miss_and_other_settings_hit(
     changed = tokenised_data(make_config(), tokenizer, cache=cache)
     assert not changed.from_cache
     assert len(rows_of(changed)) == 21
+
+
+def test_another_end_of_text_misses(
+    make_config: Callable[..., RunConfig], make_tokenizer: Callable[..., PreTrainedTokenizerFast]
+) -> None:
+    """Plain texts end with it, and the vocabulary is the same."""
+    keys = {
+        token_key(make_config(), make_tokenizer("qwen", "qwen2_5", eos_token=token), {})
+        for token in ("<|im_end|>", "<|endoftext|>")
+    }
+    assert len(keys) == 2
+
+
+def test_what_killed_processes_left_is_removed_in_time(tmp_path: Path) -> None:
+    cache = TokenCache(tmp_path)
+    for name in ("a", "b"):
+        left = tmp_path / f".{name * 64}.0123456789ab.partial"
+        left.mkdir()
+        (left / "train.arrow").write_bytes(b"x")
+    for path in (
+        tmp_path / f".{'a' * 64}.0123456789ab.partial",
+        tmp_path / f".{'a' * 64}.0123456789ab.partial/train.arrow",
+    ):
+        os.utime(path, (1000, 1000))
+    with cache.adding("c" * 64) as folder:
+        (folder / "train.arrow").write_bytes(b"x")
+    assert {path.name for path in tmp_path.iterdir()} == {f".{'b' * 64}.0123456789ab.partial", "c" * 64}
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_told(
+    make_config: Callable[..., RunConfig],
+    cache: TokenCache,
+    chatml_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_kit.data import tokenising
+
+    encode = tokenising.encode_rows
+
+    def encode_and_remove(*args: Any, **options: Any) -> Any:
+        (tmp_path / "train.jsonl").unlink(missing_ok=True)
+        return encode(*args, **options)
+
+    monkeypatch.setattr(tokenising, "BATCH_ROWS", 5)
+    monkeypatch.setattr(tokenising, "encode_rows", encode_and_remove)
+    monkeypatch.setattr(tokenising, "self_check", lambda *args, **options: None)
+    data = tokenised_data(make_config("data.validation=[]"), chatml_tokenizer, cache=cache)
+    assert "cannot be read any more" in data.stopping[0].reason
+
+
+def test_rows_of_a_refused_file_are_not_kept(
+    make_config: Callable[..., RunConfig], cache: TokenCache, chatml_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"x": "a"}, {"x": "b"}])
+    report = tokenised_data(make_config("data.validation=[]"), chatml_tokenizer, cache=cache).ledger.report("train")
+    assert (report.rows, report.kept, report.dropped) == (2, 0, 2)
 
 
 def test_faulty_data_are_reported_and_not_kept(

@@ -74,7 +74,16 @@ def _quiet_libraries() -> None:
     level = os.environ.get("QLORA_KIT_LOG", "WARNING").upper()
     logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     if level == "WARNING":
-        for library in ("transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "torch"):
+        for library in (
+            "transformers",
+            "trl",
+            "peft",
+            "bitsandbytes",
+            "accelerate",
+            "datasets",
+            "torch",
+            "huggingface_hub",
+        ):
             logging.getLogger(library).setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

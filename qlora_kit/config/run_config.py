@@ -251,7 +251,7 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
         if not isinstance(part, dict) or not isinstance(part.get("task"), str) or part["task"] in TASKS:
             continue
         missing = [key for key in ("prompt", "completion") if part.get(key) is None]
-        if missing and part.get("format") != "text":
+        if missing and part.get("format", "auto") in ("auto", TASK_COLUMNS):
             what = f"is the new task {part['task']!r}, which lacks {' and '.join(missing)}"
             fix = f"set them; for a known task: {advice(part['task'], TASKS)}"
             yield Problem(("data", "mix", str(number), "task"), what, "a known task, or prompt and completion", fix)
@@ -277,6 +277,8 @@ def _task_problems(values: Mapping[str, Any]) -> Iterator[Problem]:
         what = f"is the new task {task!r}, which lacks {', '.join(missing)}"
         match = nearest(task, TASKS)
         fix = f"set {', '.join(missing)}" + ("" if match is None else f", or did you mean {match!r}?")
+        if "eval.metrics" not in missing:
+            fix += "; for data in a format of their own, name it with data.format (messages, alpaca, text, ...) instead"
         yield Problem(("task",), what, " and ".join(map(".".join, made_of)), fix)
 
 

@@ -166,7 +166,10 @@ class Examination:
                 rows += 1
                 self.ledger.rows[split.name] += 1
                 columns.setdefault(frozenset(item.values), item.line)
-                example = None if format_name is None else self._checked(split, part, item, format_name)
+                if format_name is None:
+                    self.ledger.record(split.name, item.source, "dropped", "the format of its file is refused")
+                    continue
+                example = self._checked(split, part, item, format_name)
                 if example is not None:
                     split.kept += 1
                     yield example
@@ -176,8 +179,19 @@ class Examination:
             self._note_unused(part, source, columns, format_name)
             split.formats.setdefault(format_name, source.name)
         if rows:
-            self.ledger.files.append(ReadFile(split.name, source.name, source.record, source.sha256(), rows))
+            stopped = not self._note_file(split, source, rows) or stopped
         return stopped or (bool(columns) and format_name is None)
+
+    def _note_file(self, split: _Split, source: DataSource, rows: int) -> bool:
+        """Notes what was read; False where the file has gone meanwhile."""
+        try:
+            self.ledger.files.append(ReadFile(split.name, source.name, source.record, source.sha256(), rows))
+        except OSError as error:
+            reason = f"the file cannot be read any more ({error.strerror})"
+            fix = "start again when nothing moves or writes it"
+            self.ledger.refuse(split.name, Problem(source.name, None, reason, "a file at rest", fix, stops=True))
+            return False
+        return True
 
     def _refuse(self, split: _Split, problem: Problem) -> None:
         """Notes a problem that was met while reading; one of a single row counts as a row, dropped."""

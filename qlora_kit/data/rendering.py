@@ -20,8 +20,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Passed to every template, which ignores what it does not know. A prompt then never depends on the day it is rendered
-# (Llama 3.x), and a reasoning model's prompt ends with the empty thought that its plain answers are trained behind.
+# (the date is the one that Llama 3's templates name themselves), and a reasoning model's prompt ends with the empty
+# thought that its plain answers are trained behind.
 TEMPLATE_ARGUMENTS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+# Templates that ask for the day by `strftime_now` get that one too; transformers hands them no function but its own.
+_DATE_PARTS = {
+    "%Y": "2024", "%y": "24", "%m": "07", "%d": "26", "%-d": "26", "%B": "July", "%b": "Jul", "%A": "Friday",
+    "%a": "Fri", "%j": "208", "%H": "00", "%M": "00", "%S": "00",
+}  # fmt: skip
+_REPLACED = "".join(f" | replace('{part}', '{value}')" for part, value in _DATE_PARTS.items())
+_ONE_DAY = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}{{{{ '' }}}}"
+
+
+def on_one_day(template: str) -> str:
+    """The same template, for which it is always the same day."""
+    return _ONE_DAY + template if "strftime_now" in template else template
 
 
 def render_texts(
@@ -70,9 +83,11 @@ def _apply_template(
 ) -> list[str]:
     import jinja2
 
+    template = tokenizer.chat_template
     try:
         return tokenizer.apply_chat_template(
             plain,
+            chat_template=on_one_day(template) if isinstance(template, str) else None,
             tools=[json.loads(schema) for schema in schemas] or None,
             tokenize=False,
             add_generation_prompt=for_generation,

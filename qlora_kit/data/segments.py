@@ -1,10 +1,10 @@
 """Renders conversations without the template engine where that provably gives the same text.
 
-Most chat templates put literal text between the contents of the turns. For each order of roles, those literals are read
-off one rendered conversation and tried on contents that templates are known to treat specially (white space at the
-edges, thoughts, tags, braces). Where a single one is rendered otherwise, that order of roles is left to the template.
-What no trial can show, a content that is treated specially in some way unknown to us, is looked for while the work goes
-on: every ``SPOT_CHECK_ROWS``th conversation is rendered both ways.
+Most chat templates put literal text between the contents of the turns. The template's code is read first: where it does
+more with a content than to join and print it, every conversation is left to the template. For each order of roles, the
+literals are then read off one rendered conversation and tried on contents that templates are known to treat specially
+(white space at the edges, thoughts, tags, braces). Beside that, the first conversation of each order and every
+``SPOT_CHECK_ROWS``th one is rendered both ways.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.conversation import Message
 from qlora_kit.data.cutting import Cut, Piece, TurnFormat, cut_texts
 from qlora_kit.data.rendering import render_texts
+from qlora_kit.data.template_reading import only_joins_contents
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ _TRIALS = (
     "<br>&amp;<b>bold</b>",
     "é 漢字 🙂 \u00a0 end",
     "system user assistant",
+    "/no_think x /no_think",
+    "/think",
     "### Instruction:\n### Response:",
     "word " * 400 + "end",
 )
@@ -65,6 +68,7 @@ class SegmentRenderer:
         # Roles -> for each piece its turn, and its literals with the indices of the messages between them.
         self._segments: dict[tuple[str, ...], tuple[tuple[int | None, tuple[str | int, ...]], ...] | None] = {}
         self._rows = 0
+        self._joins = isinstance(tokenizer.chat_template, str) and only_joins_contents(tokenizer.chat_template)
 
     def cut(self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[str]]) -> list[Cut]:
         """The conversations in pieces, in their order.
@@ -79,9 +83,12 @@ class SegmentRenderer:
         """
         cuts: list[Cut | None] = []
         for messages, own in zip(conversations, tools, strict=True):
-            cut = None if own or not all(_is_plain(message) for message in messages) else self._assembled(messages)
+            plain = self._joins and not own and all(_is_plain(message) for message in messages)
+            known = tuple(message.role for message in messages) in self._segments
+            cut = self._assembled(messages) if plain else None
             self._rows += 1
-            if cut is not None and self._rows % SPOT_CHECK_ROWS == 0 and cut != self._rendered([messages], [()])[0]:
+            checked = not known or self._rows % SPOT_CHECK_ROWS == 0
+            if cut is not None and checked and cut != self._rendered([messages], [()])[0]:
                 raise ContentChangesTemplate
             cuts.append(cut)
         slow = [index for index, cut in enumerate(cuts) if cut is None]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from qlora_kit.data.chat import PROBE_ANSWER, STOP_PROBE, stop_at_turn_end
-from qlora_kit.data.rendering import TEMPLATE_ARGUMENTS
+from qlora_kit.data.rendering import TEMPLATE_ARGUMENTS, on_one_day
 from qlora_kit.errors import BaseModelError
 from qlora_kit.strict_json import read_json_object
 
@@ -142,14 +141,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _render(template: str, special_tokens: Mapping[str, str]) -> str:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlocks, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     environment.globals["namespace"] = _PlainNamespace
     messages = [{"role": message.role, "content": message.content} for message in STOP_PROBE]
-    text = environment.from_string(template).render(
+    text = environment.from_string(on_one_day(template)).render(
         messages=messages,
         tools=None,
         documents=None,
@@ -162,7 +160,7 @@ def _render(template: str, special_tokens: Mapping[str, str]) -> str:
     return text
 
 
-class _GenerationBlocks(Extension):
+class GenerationBlocks(Extension):
     """``{% generation %}`` marks what is supervised in some templates; it renders its content."""
 
     tags = {"generation"}  # noqa: RUF012  as jinja2 declares it
@@ -187,7 +185,3 @@ def _to_json(value: Any, **settings: Any) -> str:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.atomic import atomic_directory
+from qlora_kit.atomic import atomic_directory, full_disk_errors, is_leftover
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, control_tokens
 from qlora_kit.data.tokenising import TokenRules
@@ -24,9 +25,10 @@ from qlora_kit.data.tokenising import TokenRules
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # raise it when the same rows give other tokens or other counts
+FORMAT = 2  # raise it when the same rows give other tokens or other counts
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
 MAX_CACHE_BYTES = 20 * 2**30
+LEFTOVER_SECONDS = 3600.0
 _LIBRARIES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -63,6 +65,7 @@ def token_key(config: RunConfig, tokenizer: PreTrainedTokenizerBase, data: Mappi
         "template": tokenizer.chat_template,
         "rendered": chat_template_sha256(tokenizer),
         "control_tokens": control_tokens(tokenizer),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -82,6 +85,8 @@ class TokenCache:
     def find(self, key: str) -> Path | None:
         """The entry's folder, marked as used now; None where there is none."""
         folder = self.root / key
+        if folder.is_file() or folder.is_symlink():  # not ours: an entry is a folder
+            folder.unlink(missing_ok=True)
         if not folder.is_dir():
             return None
         with suppress(OSError):
@@ -108,9 +113,9 @@ class TokenCache:
 
         Files that a running process has mapped stay readable for it after their removal.
         """
-        entries = sorted(
-            (folder.stat().st_mtime, folder) for folder in self.root.iterdir() if _is_entry(folder) and folder.is_dir()
-        )
+        self._remove_leftovers()
+        ages = {folder: _modified(folder) for folder in self.root.iterdir() if _is_entry(folder)}
+        entries = sorted((age, folder) for folder, age in ages.items() if age is not None)
         sizes = {folder: _size_bytes(folder) for _, folder in entries}
         total_bytes = sum(sizes.values())
         for _, folder in entries:
@@ -119,6 +124,13 @@ class TokenCache:
             if folder.name != keep:
                 self.remove(folder.name)
                 total_bytes -= sizes[folder]
+
+    def _remove_leftovers(self) -> None:
+        """Remove what killed processes left behind; a running one writes to its folder all the time."""
+        for folder in self.root.iterdir():
+            newest = max((_modified(path) or 0.0 for path in (folder, *_files(folder))), default=0.0)
+            if is_leftover(folder.name) and newest < time.time() - LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -134,14 +146,30 @@ def token_folder(cache: TokenCache, key: str) -> Iterator[tuple[Path, TemporaryD
             yield folder, None
     else:
         temporary = TemporaryDirectory(prefix="qlora-kit-tokens-")
-        yield Path(temporary.name), temporary
+        with full_disk_errors(Path(temporary.name)):
+            yield Path(temporary.name), temporary
 
 
 def _is_entry(folder: Path) -> bool:
     return len(folder.name) == 64 and set(folder.name) <= set("0123456789abcdef")
 
 
+def _files(folder: Path) -> list[Path]:
+    with suppress(OSError):
+        return list(folder.iterdir())
+    return []
+
+
+def _modified(path: Path) -> float | None:
+    """When it was last written; None where it has gone meanwhile."""
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return None
+
+
 def _size_bytes(folder: Path) -> int:
-    with suppress(FileNotFoundError):
-        return sum(path.stat().st_size for path in folder.iterdir())
-    return 0
+    total = 0
+    for path in _files(folder):
+        with suppress(OSError):
+            total += path.stat().st_size
+    return total

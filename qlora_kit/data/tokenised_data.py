@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_kit.atomic import full_disk_errors
 from qlora_kit.config import DataPart, RunConfig
 from qlora_kit.data.chat import control_tokens, read_turn_format, template_system_prompt
 from qlora_kit.data.ledger import SPLITS, DataReport, Ledger, Problem, data_error
-from qlora_kit.data.preparing import READING_ORDER, Examination, tell_notes
+from qlora_kit.data.preparing import READING_ORDER, Examination
 from qlora_kit.data.segments import ContentChangesTemplate, SegmentRenderer
 from qlora_kit.data.sources import Sources
 from qlora_kit.data.token_cache import TokenCache, token_folder, token_key
@@ -112,7 +113,8 @@ def tokenised_data(
             return kept
     if key is None:  # what cannot be read now cannot be kept either: this pass tells why
         temporary = TemporaryDirectory(prefix="qlora-kit-tokens-")
-        return _made(config, tokenizer, Path(temporary.name), sources=sources, keeper=temporary)
+        with full_disk_errors(Path(temporary.name)):
+            return _made(config, tokenizer, Path(temporary.name), sources=sources, keeper=temporary)
     try:
         with token_folder(cache, key) as (folder, temporary_folder):
             made = _made(config, tokenizer, folder, sources=sources, keeper=temporary_folder)
@@ -125,7 +127,12 @@ def tokenised_data(
     if temporary_folder is not None:
         made.ledger.notes.append(f"{cache.root}: cannot be written, so the tokenised data are not kept for later runs")
         return made
-    return _load(config, cache.root / key, from_cache=False)
+    try:
+        return _load(config, cache.root / key, from_cache=False)
+    except FileNotFoundError:  # another process needed the room
+        temporary = TemporaryDirectory(prefix="qlora-kit-tokens-")
+        with full_disk_errors(Path(temporary.name)):
+            return _made(config, tokenizer, Path(temporary.name), sources=sources, keeper=temporary)
 
 
 class _NotKept(Exception):
@@ -197,7 +204,6 @@ def _one_pass(
             ledger.refuse(split, Problem(ledger.files[-1].name, None, reason, expected, fix, stops=True))
     ledger.notes += _system_prompt_notes(config, tokenizer)
     ledger.notes += _weight_notes(_part_rows(config, counts["train"]))
-    tell_notes(ledger)
     ledger.write(folder / LEDGER_FILE)
     state = {"ledger": ledger.state(), "counts": counts}
     (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -211,11 +217,10 @@ def _from_cache(config: RunConfig, cache: TokenCache, key: str) -> TokenisedData
         return None
     try:
         kept = _load(config, folder, from_cache=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s: the tokenised data cannot be read (%s) and are made again", folder, error)
         cache.remove(key)
         return None
-    tell_notes(kept.ledger)
     return kept
 
 
@@ -271,7 +276,8 @@ def _part_rows(config: RunConfig, counts: Sequence[int]) -> tuple[PartRows, ...]
 
 def _system_prompt_notes(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     own = template_system_prompt(tokenizer)
-    without = [part.task.name for part in config.parts() if not part.task.system_prompt]
+    talks = [part for part in config.parts() if part.section.format != "text"]
+    without = [part.task.name for part in talks if not part.task.system_prompt]
     if own is None or not without:
         return []
     return [f"{', '.join(without)}: rows without a system turn get the chat template's own system prompt, {own!r}"]

@@ -18,6 +18,7 @@ from qlora_kit.atomic import full_disk_errors
 from qlora_kit.base_files import BaseRef, resolve_base, resolve_description
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import stop_token_ids
+from qlora_kit.data.preparing import tell_notes
 from qlora_kit.data.tokenised_data import TokenisedData, tokenised_data
 from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
 from qlora_kit.measured_speed import note_speed
@@ -143,6 +144,7 @@ def train(
     config, earlier = with_earlier_adapter(config, described)
     data = tokenised_data(config, tokenizer)
     data.require_usable()
+    tell_notes(data.ledger)
     if checkpoint is not None:
         config = begun_with(config, folder)
         require_same_run(folder, config)
