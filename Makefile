@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TASKS  := sentiment translation question_answering code_generation text_generation
 
-.PHONY: demo test lint fmt bench adapters tiny datasets memory clean
+.PHONY: demo test lint fmt bench adapters faults tiny datasets memory clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -15,8 +15,12 @@ $(VENV)/installed: pyproject.toml
 demo: $(VENV)/installed      ## train two adapters, compare, swap, merge (a few minutes)
 	$(BIN)/python scripts/demo.py
 
-test: $(VENV)/installed      ## the whole test suite but what is marked slow or gpu
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
+test: $(VENV)/installed      ## the whole test suite but what is marked slow, gpu or faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" --numprocesses auto --dist loadfile
+
+faults: $(VENV)/installed    ## every fault in training that the kit claims to survive (about half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill_run.py --json runs/faults.json
 
 lint: $(VENV)/installed      ## formatting, lint rules, types
 	$(BIN)/ruff format --check .

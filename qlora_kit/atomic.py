@@ -17,7 +17,12 @@ from qlora_kit.errors import OutputError
 logger = logging.getLogger(__name__)
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-_FULL_DISK_TEXTS = ("No space left on device", "Disk quota exceeded")
+_FULL_DISK_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",  # torch.save says no more than that it could not write,
+    ". unexpected pos ",  # and this when it then closes the file
+)
 _LEFTOVER = re.compile(r"^\.(?P<name>.+)\.[0-9a-f]{12}\.(?P<kind>partial|old)$", re.DOTALL)
 
 

@@ -170,7 +170,7 @@ def test_a_resumed_run_keeps_the_settings_that_auto_chose(
     monkeypatch.setattr("qlora_kit.training.memory_check.fastest_that_fits", half)
     have(64 * GIB)
     first: TrainResult = train(config)
-    began = json.loads((folder / "run.json").read_text())
+    began = json.loads((folder / "run.json").read_text())["settings"]
     assert (began["train.per_device_train_batch_size"], began["train.gradient_accumulation_steps"]) == (4, 2)
     assert first.steps == 6
     shutil.copytree(folder, tmp_path / "again")

@@ -16,6 +16,10 @@ def train(
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an occupied run folder.")] = False,
+    allow_changed: Annotated[
+        str,
+        typer.Option("--allow-changed", metavar="NAME[,NAME]", help="With --resume: settings that may have changed."),
+    ] = "",
     json: JsonOption = False,
 ) -> None:
     """Train an adapter with QLoRA and leave it in its run folder."""
@@ -33,7 +37,8 @@ def train(
             note = "  ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
             bar.update(bar.task_ids[0], completed=progress.step, total=progress.total_steps, note=note)
 
-        result = train_adapter(run, resume=resume, overwrite=overwrite, progress=show)
+        allowed = tuple(name.strip() for name in allow_changed.split(",") if name.strip())
+        result = train_adapter(run, resume=resume, overwrite=overwrite, allow_changed=allowed, progress=show)
     if json:
         print_json(result.to_json())
         return

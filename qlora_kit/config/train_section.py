@@ -169,6 +169,7 @@ CONTROLLED: dict[str, tuple[str, str]] = {  # field -> (why it cannot be set, wh
     "enable_jit_checkpoint": ("the kit saves a checkpoint on Ctrl-C and SIGTERM itself", "remove it"),
     "greater_is_better": ("it follows from metric_for_best_model", "remove it"),
     "ignore_data_skip": _RESUME,
+    "dataloader_in_order": _RESUME,
     "save_only_model": _RESUME,
     "do_train": _MODE,
     "do_eval": _MODE,

@@ -34,10 +34,12 @@ class Encoded:
     Attributes:
         input_ids: Token ids.  # (T,)
         labels: The same ids where supervised, else -100.  # (T,)
+        source: Where the row stands (``file:line``).
     """
 
     input_ids: list[int]
     labels: list[int]
+    source: str = ""
 
     @property
     def supervised_tokens(self) -> int:

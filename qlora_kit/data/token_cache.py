@@ -25,7 +25,7 @@ from qlora_kit.data.tokenising import TokenRules
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # raise it when the same rows give other tokens or other counts
+FORMAT = 3  # raise it when the same rows give other tokens, other counts, or other columns
 CACHE_VARIABLE = "QLORA_KIT_CACHE"
 MAX_CACHE_BYTES = 20 * 2**30
 LEFTOVER_SECONDS = 3600.0

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-COLUMNS = ("input_ids", "labels")
+LIST_COLUMNS = ("input_ids", "labels")
+SOURCE_COLUMN = "source"
 
 
 class TokenWriter:
-    """Writes the columns ``input_ids`` and ``labels`` (lists of int32) row by row; memory holds one batch.
+    """Writes ``input_ids`` and ``labels`` (lists of int32) and ``source`` (text) row by row; memory holds one batch.
 
     Args:
         path: The file to make.
@@ -30,9 +31,10 @@ class TokenWriter:
         import pyarrow
 
         self.rows = 0
-        schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in COLUMNS])
+        lists = [(name, pyarrow.list_(pyarrow.int32())) for name in LIST_COLUMNS]
+        self._schema = pyarrow.schema([*lists, (SOURCE_COLUMN, pyarrow.string())])
         self._file = path.open("wb")
-        self._writer = pyarrow.ipc.new_stream(self._file, schema)
+        self._writer = pyarrow.ipc.new_stream(self._file, self._schema)
 
     def __enter__(self) -> TokenWriter:
         return self
@@ -48,8 +50,9 @@ class TokenWriter:
         import pyarrow
 
         if rows:
-            columns = [_lists([row.input_ids for row in rows]), _lists([row.labels for row in rows])]
-            self._writer.write_batch(pyarrow.record_batch(columns, names=list(COLUMNS)))
+            lists = [_lists([row.input_ids for row in rows]), _lists([row.labels for row in rows])]
+            columns = [*lists, pyarrow.array([row.source for row in rows], pyarrow.string())]
+            self._writer.write_batch(pyarrow.record_batch(columns, schema=self._schema))
             self.rows += len(rows)
 
 

@@ -56,7 +56,8 @@ class TokenisedData:
     """The tokenised rows of a config.
 
     Attributes:
-        train: Columns ``input_ids`` and ``labels``, one epoch by the parts' weights; None if no row is left.
+        train: Columns ``input_ids``, ``labels`` and ``source`` (``file:line``), one epoch by the parts' weights; None
+            if no row is left.
         validation: The same for the validation loss; None where the config names no data.
         test: The same for the scorecard's data.
         parts: What the training rows are made of.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
@@ -82,7 +82,7 @@ def tokenise(
                 ledger.lengths[split][len(row.input_ids)] += 1
                 ledger.supervised_tokens[split] += row.supervised_tokens
                 ledger.stopped_rows[split] += row.labels[-1] in ends
-                kept.append(row)
+                kept.append(replace(row, source=example.source))
         yield kept
         batch = list(islice(remaining, BATCH_ROWS))
 

@@ -15,13 +15,11 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids, template_system_prompt
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.training.settings import CONFIG_FILE
+from qlora_kit.training.settings import CONFIG_FILE, RECORDED_LIBRARIES
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
-
-RECORDED_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 
 
 @dataclass(frozen=True)

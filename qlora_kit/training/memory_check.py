@@ -18,7 +18,7 @@ from qlora_kit.memory.cards import GIB, Card, known_card
 from qlora_kit.memory.estimate import CUDA_CONTEXT_BYTES
 from qlora_kit.memory.planner import Plan, changes, fastest_that_fits, make_plan
 from qlora_kit.memory.workload import Workload, workload_of
-from qlora_kit.training.settings import read_start
+from qlora_kit.training.settings import Start
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def begun_with(config: RunConfig, folder: Path) -> RunConfig:
     """
     if config.train.memory != "auto":
         return config
-    began = read_start(folder)
+    began = Start.read(folder).settings
     values = {key: began[f"train.{key}"] for key in ADAPTED if f"train.{key}" in began}
     adapted = _with_train(config, values)
     return adapted if _rows_of_a_step(adapted) == _rows_of_a_step(config) else config

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +41,22 @@ from qlora_kit.training.callbacks import (
     StopOnSignal,
     TrainingProgress,
 )
+from qlora_kit.training.checkpoints import Resumption
 from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
 from qlora_kit.training.memory_check import begun_with, within_memory
+from qlora_kit.training.resuming import resume_run
+from qlora_kit.training.run_facts import RunFacts, StopRequested
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
     open_run_folder,
     publish,
     require_space_for_run,
+    run_folder_lock,
 )
-from qlora_kit.training.settings import portable, require_same_run, write_start
+from qlora_kit.training.settings import Start, portable
 from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, require_fitting_start
 from qlora_kit.training.stop_rate import stop_rate
 from qlora_kit.training.strategies import Strategies, checked_strategies, take_up_stopped_run
@@ -120,24 +124,30 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_changed: Sequence[str] = (),
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> TrainResult:
     """Train the adapter that ``config`` describes and leave it in its run folder.
 
     Args:
         config: From ``load_config``.
-        resume: Go on from the newest complete checkpoint of the run folder.
+        resume: Go on from the newest checkpoint of the run folder that verifies.
         overwrite: Replace an occupied run folder.
+        allow_changed: Keys that may differ from what the resumed run began with.
         progress: Told after every step.
 
     Raises:
         ConfigError, DataError, BaseModelError, AdapterError, OutputError: Something is wrong; nothing was trained.
-        GuardError: The loss, or a trained weight, became non-finite.
+        GuardError: A loss, a gradient or a trained weight became non-finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     config = portable(config)
     folder = Path(config.output_dir)
-    checkpoint = open_run_folder(folder, resume=resume, overwrite=overwrite)
+    if allow_changed and not resume:
+        raise ConfigError(
+            "--allow-changed without --resume", expected="a run to resume", fix="leave it out, or add --resume"
+        )
+    open_run_folder(folder, resume=resume, overwrite=overwrite)
     described = resolve_description(config.model.base, config.model.revision)
     config = config.model_copy(update={"quantization": base_quantization(described, config.quantization)})
     tokenizer = load_tokenizer(described)
@@ -145,32 +155,38 @@ def train(
     data = tokenised_data(config, tokenizer)
     data.require_usable()
     tell_notes(data.ledger)
-    if checkpoint is not None:
+    if resume:
         config = begun_with(config, folder)
-        require_same_run(folder, config)
     device = default_device()
-    config = within_memory(config, described, data.ledger, device=device, adapt=checkpoint is None)
+    config = within_memory(config, described, data.ledger, device=device, adapt=not resume)
     arguments = _sft_config(config, device)
     strategies = checked_strategies(config, arguments, device, tokenizer)
     ref = resolve_base(config.model.base, config.model.revision)
+    start = Start.of(config, tokenizer, ref, device)
+    resumption = None
+    if resume:
+        start, resumption = resume_run(config, folder, start, allow_changed=allow_changed)
     require_target_modules(ref, config.lora)
     require_fitting_start(config, ref, tokenizer, earlier)
     require_space_for_run(
-        folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), checkpoints=config.train.save_total_limit
+        folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), kept_checkpoints=config.train.save_total_limit
     )
+    checkpoint = None if resumption is None else resumption.checkpoint
     model, quantization = _load_model(config, ref, tokenizer, data, device=device, earlier=earlier, resumed=checkpoint)
-    if checkpoint is None:
-        clear_run_folder(folder)
-        write_start(config, folder)
+    if resumption is None:
+        with run_folder_lock(folder):
+            clear_run_folder(folder)
+    start.write(folder)
     try:
-        with full_disk_errors(folder):
+        with run_folder_lock(folder), full_disk_errors(folder):
             trainer, seconds = _run(
                 model,
                 arguments,
                 tokenizer,
                 (data.train, data.validation),
                 strategies=strategies,
-                checkpoint=checkpoint,
+                start=start,
+                resumption=resumption,
                 progress=progress,
             )
             metrics = run_figures(trainer, data, seconds) | {"stop_rate": _stop_rate(model, config, data, tokenizer)}
@@ -192,7 +208,7 @@ def train(
         raise
     return TrainResult(
         output_dir=str(folder),
-        resumed_from=None if checkpoint is None else str(checkpoint),
+        resumed_from=None if resumption is None else str(resumption.checkpoint),
         history=trained.history,
         **metrics,
     )
@@ -253,7 +269,8 @@ def _run(
     rows: tuple[Dataset | None, Dataset | None],
     *,
     strategies: Strategies,
-    checkpoint: Path | None,
+    start: Start,
+    resumption: Resumption | None,
     progress: Callable[[TrainingProgress], None] | None,
 ) -> tuple[GuardedTrainer, float]:
     """Train; the trainer and the seconds it took."""
@@ -261,6 +278,7 @@ def _run(
 
     stop = StopOnSignal()
     datasets.disable_progress_bars()
+    checkpoint = None if resumption is None else resumption.checkpoint
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
     with warnings.catch_warnings():  # TRL means to drop it in its next major version, which the kit does not take
         warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
@@ -270,8 +288,16 @@ def _run(
             train_dataset=rows[0],
             eval_dataset=rows[1],
             processing_class=tokenizer,
-            callbacks=[stop] if progress is None else [stop, ProgressCallback(progress)],
+            callbacks=[] if progress is None else [ProgressCallback(progress)],
         )
+    trainer.facts = RunFacts(
+        stop.wanted,
+        start.began_sha256,
+        rows[0],
+        refused=() if resumption is None else resumption.refused,
+        changed=bool(start.changes),
+        probe=not arguments.use_cpu,
+    )
     trainer.remove_callback(PrinterCallback)  # it writes to stdout, which holds results only
     _put_back_master_weights(model, masters)
     strategies.attach(trainer)
@@ -280,8 +306,12 @@ def _run(
         take_up_stopped_run(trainer, checkpoint)
         return trainer, time.monotonic() - began
     with stop.listening():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stop.received is not None:
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except StopRequested:
+            trainer.save_stopped()
+            raise _interrupted(stop, trainer) from None
+    if stop.received is not None and trainer.on_disk:  # otherwise what was trained would be lost
         raise _interrupted(stop, trainer)
     seconds = time.monotonic() - began
     _require_finite_weights(model)
@@ -312,7 +342,7 @@ def _put_back_master_weights(model: PeftModel, masters: Mapping[str, torch.Tenso
 
 
 def _require_finite_weights(model: PeftModel) -> None:
-    """The last step's update is seen by no loss any more.
+    """What is published is looked at once more.
 
     Raises:
         GuardError: A trained weight is NaN or infinite.
@@ -327,11 +357,12 @@ def _require_finite_weights(model: PeftModel) -> None:
 
 
 def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
-    signal_name = "a signal" if stop.received is None else stop.received.name
+    signal_name = "a signal to another process" if stop.received is None else stop.received.name
+    saved = trainer.on_disk
     error = Interrupted(
         f"stopped by {signal_name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
         expected="the run to end by itself",
-        fix="go on from the checkpoint of this step with --resume",
+        fix="go on from the checkpoint of this step with --resume" if saved else "start again: no step was done yet",
     )
     if stop.received is not None:
         error.exit_code = EXIT_CODES[stop.received]

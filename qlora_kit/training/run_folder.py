@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import fcntl
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_kit.adapters import CONTRACT_FILE
 from qlora_kit.adapters.store import LOCK_FILE
-from qlora_kit.atomic import checked_target, require_free_space
+from qlora_kit.atomic import checked_target, recover_leftovers, require_free_space
 from qlora_kit.errors import OutputError
+from qlora_kit.training.checkpoints import CHECKPOINT, checkpoints
 from qlora_kit.training.settings import CONFIG_FILE, START_FILE
 
-CHECKPOINT = re.compile(r"^checkpoint-([0-9]{1,9})$")
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-LEFTOVER = re.compile(r"^\.final\..*\.partial$")
+logger = logging.getLogger(__name__)
+
+LEFTOVER = re.compile(r"^\.(final\..*\.partial|(checkpoint-[0-9]{1,9}|run\.json)\.[0-9a-f]{12}\.(partial|old))$")
 RUN_FILES = frozenset(
     "adapter_model.safetensors adapter_config.json ledger.jsonl metrics.json README.md runs "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
@@ -28,10 +31,11 @@ RUN_FILES = frozenset(
 FREE_SPACE_FACTOR = 1.2
 
 
-def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """Check that a run may write into ``folder`` and return the checkpoint to resume from.
+def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Check that a run may write into ``folder``.
 
-    Nothing is removed yet: ``clear_run_folder`` does that once all other checks have passed.
+    Nothing is removed yet: ``clear_run_folder`` does that once all other checks have passed, and ``clean_run_folder``
+    where a run is resumed.
 
     Raises:
         OutputError: The folder is occupied and neither option was given, there is nothing to resume, or what would be
@@ -53,14 +57,13 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
             fix="set another output_dir, or mend the permissions",
         )
     if resume:
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
+        if not (folder / START_FILE).is_file():
             raise OutputError(
-                f"{folder}: no complete checkpoint to resume from",
-                expected=f"a folder checkpoint-N that holds {', '.join(CHECKPOINT_FILES)}",
+                f"{folder}: no run to resume",
+                expected=f"a run folder, with the {START_FILE} that a run writes first, and a complete checkpoint",
                 fix="start without --resume",
             )
-        return checkpoint
+        return
     if not overwrite and folder.exists() and any(folder.iterdir()):
         raise OutputError(
             f"{folder} is occupied",
@@ -70,7 +73,6 @@ def open_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> Path | No
     checked_target(folder)
     if overwrite:
         _require_run_folder(folder)
-    return None
 
 
 def _require_run_folder(folder: Path) -> None:
@@ -82,7 +84,7 @@ def _require_run_folder(folder: Path) -> None:
             expected="a run folder outside of a store",
             fix="set another output_dir, then publish with `qlora-kit adapters add RUN --replace`",
         )
-    if names and START_FILE not in names:
+    if START_FILE not in names and not all(map(LEFTOVER.match, names)):  # it may have been killed at its very start
         raise OutputError(
             f"{folder}: no training run wrote this folder, so that it is not replaced",
             expected=f"a run folder, with the {START_FILE} that a run writes first",
@@ -120,41 +122,54 @@ def clear_run_folder(folder: Path) -> None:
         ) from error
 
 
-def require_space_for_run(folder: Path, *, adapter_bytes: int, checkpoints: int) -> None:
+def require_space_for_run(folder: Path, *, adapter_bytes: int, kept_checkpoints: int) -> None:
     """Refuse a disk that cannot hold the run: each checkpoint keeps the adapter and two optimizer moments in fp32.
 
     Raises:
         OutputError: Too little space.
     """
-    sets = checkpoints + 1  # one more is written before the oldest goes
+    sets = kept_checkpoints + 2  # the best one stays, and one more is written before the oldest goes
     require_free_space(folder, int(FREE_SPACE_FACTOR * adapter_bytes * (3 * sets + 1)))
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that has all its files."""
-    found = [path for path in folder.glob("checkpoint-*") if CHECKPOINT.match(path.name)]
-    return max(filter(_is_complete, found), key=step_of, default=None)
+@contextmanager
+def run_folder_lock(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine from training in ``folder``, if it exists, inside the block.
 
-
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step after which a checkpoint was saved."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """The trainer writes its state last: where that is whole, the other files are."""
-    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
-        return False
+    Raises:
+        OutputError: One is training there.
+    """
+    if not folder.is_dir() or os.environ.get("RANK", "0") != "0":  # of several processes of one run, the first holds it
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # cut off, or just rotated away
-        return False
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise OutputError(
+            f"{folder}: another process is training in it",
+            expected="a run folder that nothing writes to",
+            fix="wait for it or stop it, or set another output_dir",
+        ) from error
+    finally:
+        os.close(descriptor)
+
+
+def clean_run_folder(folder: Path) -> None:
+    """Before a run is resumed: remove what a killed save left half written, and say so."""
+    left = sorted(path.name for path in folder.iterdir() if LEFTOVER.match(path.name))
+    recover_leftovers(folder)
+    for name in left:
+        if name.startswith(".final."):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if left:
+        logger.warning("%s: removed what a killed run left half written: %s", folder, ", ".join(left))
 
 
 def leave_nothing_unfinished(folder: Path) -> None:
-    """After a failure: remove the folder unless it holds a checkpoint worth keeping."""
-    if folder.is_dir() and newest_checkpoint(folder) is None and not (folder / CONTRACT_FILE).exists():
+    """After a failure: remove the folder unless it holds a checkpoint or a finished adapter."""
+    if folder.is_dir() and not checkpoints(folder) and not (folder / CONTRACT_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
 
 

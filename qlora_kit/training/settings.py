@@ -2,27 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapters import AdapterStore
+from qlora_kit.adapters import AdapterStore, base_fingerprint
 from qlora_kit.adapters.store import DEFAULT_STORE
+from qlora_kit.atomic import atomic_file
+from qlora_kit.base_files import BaseRef
 from qlora_kit.config import PartSection, RunConfig, Source
+from qlora_kit.data.chat import chat_template_sha256
 from qlora_kit.data.ledger import SPLITS, Problem
 from qlora_kit.data.sources import Sources, locate_file
 from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.strict_json import read_json_object
+from qlora_kit.suggest import advice
 from qlora_kit.training.continuing import weights_sha256
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILE = "config.yaml"
 START_FILE = "run.json"
-MAX_START_BYTES = 2**20
-_START_AGAIN = "start again with --overwrite, or in another output_dir"
+MAX_START_BYTES = 2**24
+RECORDED_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 # What may differ in a resumed run: where it lies, what it tells and what it keeps; no step's result depends on it.
 FREE_KEYS = ("name", "output_dir", "train.memory", "train.save_total_limit", "train.report_to")
 FREE_PREFIXES = ("eval.", "train.logging")
+_ANEW = "start again with --overwrite, or in another output_dir"
+_HASHED = {
+    "model.base.weights": "the base holds other weights (model.base.weights)",
+    "model.tokenizer": "the base's tokenizer is another one (model.tokenizer)",
+    "model.chat_template": "the base's chat template renders otherwise (model.chat_template)",
+}
+_PLACE_OF_BASE = {"model.base", "model.revision", "model.base.commit"}
+# The saved weights and the saved state of optimizer and scheduler have these settings' shape.
+_FIXED_PREFIXES = ("lora.", "train.optim", "train.lr_scheduler_type", "model.adapter")
+_CHANGEABLE = ("lora.lora_alpha", "lora.lora_dropout")
+
+logger = logging.getLogger(__name__)
 
 
 def portable(config: RunConfig) -> RunConfig:
@@ -46,39 +71,120 @@ def _shortest(path: Path) -> str:
     return str(path.absolute()) if relative.startswith(os.pardir) else relative
 
 
-def write_start(config: RunConfig, folder: Path) -> None:
-    """Note in ``folder`` what the run begins with."""
-    (folder / START_FILE).write_text(json.dumps(_settings(config), indent=2) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Start:
+    """What a run began with.
+
+    Attributes:
+        settings: Dotted key -> value, with hashes in place of data, base and tokenizer.
+        told: What may change, but is told: library versions, the device.
+        began_sha256: Of the settings of the first start; each checkpoint carries it.
+        changes: What was allowed to change since: the checkpoint gone on from, the key, both values.
+    """
+
+    settings: dict[str, Any]
+    told: dict[str, Any]
+    began_sha256: str
+    changes: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, ref: BaseRef, device: torch.device) -> Start:
+        """What a run of ``config`` begins with."""
+        settings = json.loads(json.dumps({**_settings(config), **_identity(tokenizer, ref)}))
+        told = {name: version(name) for name in RECORDED_LIBRARIES} | {"device": device.type}
+        return cls(settings, told, _hash(settings))
+
+    def write(self, folder: Path) -> None:
+        """Note it in a run folder."""
+        with atomic_file(folder / START_FILE) as path:
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Start:
+        """What the run in ``folder`` began with.
+
+        Raises:
+            ConfigError: There is no usable note of it.
+        """
+        path = folder / START_FILE
+        values = read_json_object(path, max_bytes=MAX_START_BYTES, error=ConfigError, fix=_ANEW)
+        try:
+            return cls(**{**values, "changes": tuple(values["changes"])})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: is not what the kit writes ({error})", expected="it as it was", fix=_ANEW
+            ) from error
 
 
-def read_start(folder: Path) -> dict[str, Any]:
-    """What the run in ``folder`` began with: every key of its configuration, dotted.
+def resumed_start(began: Start, now: Start, *, allowed: Sequence[str], checkpoint: Path) -> Start:
+    """What a resumed run goes on with: the same settings, but for changes that ``allowed`` names.
+
+    Args:
+        began: From the run folder.
+        now: Of the configuration at hand.
+        allowed: Keys; ``model.base`` also stands for the base's weights.
+        checkpoint: It goes on from there.
 
     Raises:
-        ConfigError: There is no sound file.
+        ConfigError: With every other key that differs, its old and its new value; or a name in ``allowed`` is no key,
+            or one that what was saved depends on.
     """
-    return read_json_object(folder / START_FILE, max_bytes=MAX_START_BYTES, error=ConfigError, fix=_START_AGAIN)
-
-
-def require_same_run(folder: Path, config: RunConfig) -> None:
-    """Refuse to resume a run with settings or data that it did not begin with.
-
-    Raises:
-        ConfigError: With every key that differs, its old and its new value.
-    """
-    began = read_start(folder)
-    now = json.loads(json.dumps(_settings(config)))
+    keys = sorted({*began.settings, *now.settings})
+    _require_changeable(allowed, keys)
+    differing = [key for key in keys if began.settings.get(key) != now.settings.get(key) and not _is_free(key)]
+    if not any(key in differing for key in _HASHED):  # the same base, in another place or by another name
+        for key in _PLACE_OF_BASE & {*differing}:
+            logger.warning("%s: the same base", _difference(key, began.settings.get(key), now.settings.get(key)))
+        differing = [key for key in differing if key not in _PLACE_OF_BASE]
+    permitted = [key for key in differing if any(key == name or key.startswith(name + ".") for name in allowed)]
     faults = [
         Fault(
-            _difference(key, began.get(key), now.get(key)),
+            _difference(key, began.settings.get(key), now.settings.get(key)),
             "what the run began with",
-            f"set {key} back, or {_START_AGAIN}",
+            f"set {key} back, {'' if _is_fixed(key) else f'allow the change with --allow-changed {key}, '}or {_ANEW}",
         )
-        for key in sorted({*began, *now})
-        if began.get(key) != now.get(key) and key not in FREE_KEYS and not key.startswith(FREE_PREFIXES)
+        for key in differing
+        if key not in permitted
     ]
     if faults:
         raise ConfigError.of(faults)
+    for key in permitted:
+        logger.warning("%s, as allowed", _difference(key, began.settings.get(key), now.settings.get(key)))
+    for name in sorted({*began.told, *now.told}):
+        was, is_now = began.told.get(name), now.told.get(name)
+        if was != is_now:
+            logger.warning("--resume: %s is %s, the run began with %s: the last bits may differ", name, is_now, was)
+    changes = [
+        {"from": checkpoint.name, "key": key, "old": began.settings.get(key), "new": now.settings.get(key)}
+        for key in permitted
+    ]
+    return replace(now, began_sha256=began.began_sha256, changes=(*began.changes, *changes))
+
+
+def _require_changeable(allowed: Sequence[str], keys: Sequence[str]) -> None:
+    known = "a setting such as train.learning_rate, data.train or model.base"
+    faults = [
+        Fault(f"--allow-changed: {name!r} is no setting of this run", known, advice(name, keys))
+        for name in allowed
+        if name not in keys
+    ]
+    faults += [
+        Fault(
+            f"--allow-changed: {name} cannot change, what was saved depends on it", known, f"leave it out, or {_ANEW}"
+        )
+        for name in allowed
+        if _is_fixed(name)
+    ]
+    if faults:
+        raise ConfigError.of(faults)
+
+
+def _is_fixed(key: str) -> bool:
+    return key.startswith(_FIXED_PREFIXES) and key not in _CHANGEABLE
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE_KEYS or key.startswith(FREE_PREFIXES)
 
 
 def _difference(key: str, began: object, now: object) -> str:
@@ -86,7 +192,24 @@ def _difference(key: str, began: object, now: object) -> str:
         return f"--resume: the files of {key} hold other data"
     if key == "model.adapter" and began is not None and now is not None:
         return "--resume: model.adapter names other weights"
+    if key in _HASHED:
+        return f"--resume: {_HASHED[key]}"
     return f"--resume: {key} is {now!r}, the run began with {began!r}"
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase, ref: BaseRef) -> dict[str, object]:
+    return {
+        "model.base.weights": base_fingerprint(ref.path),
+        "model.base.commit": ref.revision,
+        "model.tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "model.chat_template": chat_template_sha256(tokenizer),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _hash(settings: dict[str, Any]) -> str:
+    fixed = {key: value for key, value in settings.items() if not _is_free(key)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(config: RunConfig) -> dict[str, object]:
