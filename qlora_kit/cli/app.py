@@ -12,7 +12,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from qlora_kit.cli import adapters, adoption, data, doctor, evaluation, generation, info, init, merging, plan, training
+from qlora_kit.cli import (
+    adapters,
+    adoption,
+    data,
+    doctor,
+    evaluation,
+    generation,
+    info,
+    init,
+    merging,
+    plan,
+    report,
+    training,
+)
 from qlora_kit.errors import QloraKitError
 
 
@@ -41,6 +54,7 @@ app.command(name="info")(info.info)
 app.command(name="plan")(plan.plan)
 app.command(name="data")(data.check_data)
 app.command(name="train")(training.train)
+app.command(name="report")(report.report)
 app.command(name="eval")(evaluation.evaluate)
 app.command(name="generate")(generation.generate)
 app.command(name="merge")(merging.merge)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_kit.units import in_time as in_time
+from qlora_kit.units import in_units as in_units
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -57,18 +60,3 @@ def counting(description: str, *, unit: str = "") -> Iterator[Progress]:
     with Progress(*columns, console=stderr_console(), transient=False) as progress:
         progress.add_task(description, total=None, note="")
         yield progress
-
-
-def in_units(count_bytes: float) -> str:
-    """A size for people: KiB, MiB or GiB."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if count_bytes >= size:
-            return f"{count_bytes / size:.2f} {unit}"
-    return f"{count_bytes / 2**10:.0f} KiB"
-
-
-def in_time(seconds: float) -> str:
-    """A duration for people: seconds, minutes or hours."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

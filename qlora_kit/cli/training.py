@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from qlora_kit.cli.data import ConfigArgument, OverridesArgument
-from qlora_kit.cli.output import JsonOption, counting, in_units, print_json, say, stdout_console
+from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stderr_console, stdout_console
+from qlora_kit.cli.training_progress import training_display
 
 
 def train(
@@ -27,17 +28,10 @@ def train(
 
     run = load_config(config, overrides or ())
     say(f"{run.name}: loading {run.model.base} and checking the data")
-    from qlora_kit.training import TrainingProgress
     from qlora_kit.training import train as train_adapter
 
-    with counting(run.name, unit="steps") as bar:
-
-        def show(progress: TrainingProgress) -> None:
-            losses = (("loss", progress.loss), ("validation", progress.eval_loss))
-            note = "  ".join(f"{name} {value:.4f}" for name, value in losses if value is not None)
-            bar.update(bar.task_ids[0], completed=progress.step, total=progress.total_steps, note=note)
-
-        allowed = tuple(name.strip() for name in allow_changed.split(",") if name.strip())
+    allowed = tuple(name.strip() for name in allow_changed.split(",") if name.strip())
+    with training_display(stderr_console()) as show:
         result = train_adapter(run, resume=resume, overwrite=overwrite, allow_changed=allowed, progress=show)
     if json:
         print_json(result.to_json())
@@ -55,6 +49,7 @@ def train(
         f"peak memory {in_units(result.peak_bytes)}\n"
         f"{result.rows:,} training rows; {result.dropped_rows:,} rows dropped, cut or double"
         f"{f', listed in {result.output_dir}/ledger.jsonl' if result.dropped_rows else ''}\n"
+        f"see it: {result.output_dir}/report.html (plots as PNG: qlora-kit report {result.output_dir} --png)\n"
         f"publish it: qlora-kit adapters add {result.output_dir}",
         markup=False,
         soft_wrap=True,

@@ -291,3 +291,5 @@ class EvalSection(BaseModel):
     """In place of the task's metrics."""
     stop_rate_rows: int = Field(default=32, ge=0, le=10_000)
     """Validation prompts that the trained adapter answers after training, to see whether it stops; 0: none."""
+    report_samples: int = Field(default=4, ge=0, le=100)
+    """Validation prompts that base and adapter answer after training, to be read in ``report.html``; 0: none."""

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qlora_kit.errors import GuardError
 from qlora_kit.training.batch_rows import longest_rows, row_pieces, sources_of_batches
 from qlora_kit.training.exact_trainer import ExactTrainer
+from qlora_kit.training.peak_memory import peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ class TrainingProgress:
         loss: Mean training loss since the last log line; None before the first.
         eval_loss: Latest validation loss; None before the first.
         learning_rate: Of the last step.
+        tokens: Tokens that went through the model in this process's part of the run, padding left out.
+        seconds: Since that part began.
+        peak_bytes: Peak memory so far: allocated on the GPU, else resident in the process.
     """
 
     step: int
@@ -46,14 +51,25 @@ class TrainingProgress:
     loss: float | None
     eval_loss: float | None
     learning_rate: float | None
+    tokens: int
+    seconds: float
+    peak_bytes: int
 
 
 class ProgressCallback(TrainerCallback):
-    """Tells a function how far the run is, after each step and each evaluation."""
+    """Tells a function how far the run is: at its begin, after each step and each evaluation."""
 
-    def __init__(self, tell: Callable[[TrainingProgress], None]) -> None:
+    def __init__(self, tell: Callable[[TrainingProgress], None], *, tokens_seen: Callable[[], int]) -> None:
         self._tell = tell
+        self._tokens_seen = tokens_seen
+        self._began = time.monotonic()
         self._latest: dict[str, float] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.monotonic()
+        self._report(state)
 
     def on_log(
         self,
@@ -78,6 +94,9 @@ class ProgressCallback(TrainerCallback):
                 loss=latest.get("loss"),
                 eval_loss=latest.get("eval_loss"),
                 learning_rate=latest.get("learning_rate"),
+                tokens=self._tokens_seen(),
+                seconds=time.monotonic() - self._began,
+                peak_bytes=peak_memory_bytes(),
             )
         )
 

@@ -1,9 +1,7 @@
-"""What a finished run leaves behind: adapter, tokenizer, contract, resolved config, ledger, metrics and a card."""
+"""What a finished run leaves: adapter, tokenizer, contract, resolved config, ledger, metrics, card and report."""
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,6 +13,8 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids, template_system_prompt
 from qlora_kit.data.ledger import Ledger
+from qlora_kit.report import Sample
+from qlora_kit.training.record import write_record
 from qlora_kit.training.settings import CONFIG_FILE, RECORDED_LIBRARIES
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Trained:
         metrics: Losses and counts of the run.
         history: Log lines of the run, oldest first.
         continued_from: The adapter that the run went on from, or None.
+        samples: Answers before and after training.
     """
 
     config: RunConfig
@@ -47,6 +48,7 @@ class Trained:
     metrics: dict[str, Any]
     history: tuple[dict[str, Any], ...]
     continued_from: ContinuedFrom | None = None
+    samples: tuple[Sample, ...] = ()
 
 
 def write_run_files(trained: Trained, folder: Path) -> None:
@@ -60,8 +62,14 @@ def write_run_files(trained: Trained, folder: Path) -> None:
     trained.tokenizer.save_pretrained(folder)
     (folder / CONFIG_FILE).write_text(trained.config.to_yaml(), encoding="utf-8")
     trained.ledger.write(folder / "ledger.jsonl")
-    record = {**trained.metrics, "history": [_plain_json(entry) for entry in trained.history]}
-    (folder / "metrics.json").write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_record(
+        folder,
+        metrics=trained.metrics,
+        device=trained.model.device,
+        ledger=trained.ledger,
+        samples=trained.samples,
+        history=trained.history,
+    )
     (folder / "README.md").write_text(_card(trained), encoding="utf-8")
     make_contract(trained).save(folder)
 
@@ -87,13 +95,6 @@ def make_contract(trained: Trained) -> AdapterContract:
         name=config.name,
         continued_from=trained.continued_from,
     )
-
-
-def _plain_json(entry: dict[str, Any]) -> dict[str, Any]:
-    """A log line without NaN and infinity (a gradient norm where fp16 overflowed), which JSON does not have."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
-    }
 
 
 def _card(trained: Trained) -> str:

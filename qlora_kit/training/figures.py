@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from typing import Any
-
-import torch
 
 from qlora_kit.data.tokenised_data import TokenisedData
 from qlora_kit.models import trainable_parameters
 from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.training.peak_memory import peak_memory_bytes
 
 
 def run_figures(trainer: GuardedTrainer, data: TokenisedData, seconds: float) -> dict[str, Any]:
@@ -39,13 +36,6 @@ def run_figures(trainer: GuardedTrainer, data: TokenisedData, seconds: float) ->
         "supervised_tokens": data.ledger.supervised_tokens["train"],
         "trainable_parameters": trainable_parameters(trainer.model),
         "trained_token_rows": trainer.model.peft_config["default"].trainable_token_indices,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_memory_bytes(),
         "seconds": round(seconds, 2),
     }
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -32,6 +32,7 @@ from qlora_kit.models import (
     quantization_facts,
     require_target_modules,
 )
+from qlora_kit.report import Sample, write_report
 from qlora_kit.stop_token import TokenRows, choose_token_rows
 from qlora_kit.token_rows import show_bias_of_head
 from qlora_kit.training.callbacks import (
@@ -46,6 +47,7 @@ from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
 from qlora_kit.training.memory_check import begun_with, within_memory
+from qlora_kit.training.reporters import reporting, require_reporters
 from qlora_kit.training.resuming import resume_run
 from qlora_kit.training.run_facts import RunFacts, StopRequested
 from qlora_kit.training.run_folder import (
@@ -56,6 +58,7 @@ from qlora_kit.training.run_folder import (
     require_space_for_run,
     run_folder_lock,
 )
+from qlora_kit.training.samples import sample_answers
 from qlora_kit.training.settings import Start, portable
 from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, require_fitting_start
 from qlora_kit.training.stop_rate import stop_rate
@@ -141,6 +144,7 @@ def train(
         GuardError: A loss, a gradient or a trained weight became non-finite.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
+    require_reporters(config.train.report_to)
     config = portable(config)
     folder = Path(config.output_dir)
     if allow_changed and not resume:
@@ -201,8 +205,10 @@ def train(
                 metrics=metrics,
                 history=tuple(trainer.state.log_history),
                 continued_from=None if earlier is None else earlier.origin,
+                samples=_samples(model, config, data, tokenizer),
             )
             publish(folder, lambda staging: write_run_files(trained, staging))
+            write_report(folder)  # last: whatever becomes of the picture, the adapter is safe
     except BaseException:
         leave_nothing_unfinished(folder)
         raise
@@ -288,7 +294,6 @@ def _run(
             train_dataset=rows[0],
             eval_dataset=rows[1],
             processing_class=tokenizer,
-            callbacks=[] if progress is None else [ProgressCallback(progress)],
         )
     trainer.facts = RunFacts(
         stop.wanted,
@@ -298,6 +303,8 @@ def _run(
         changed=bool(start.changes),
         probe=not arguments.use_cpu,
     )
+    if progress is not None:
+        trainer.add_callback(ProgressCallback(progress, tokens_seen=lambda: trainer.tokens_seen))
     trainer.remove_callback(PrinterCallback)  # it writes to stdout, which holds results only
     _put_back_master_weights(model, masters)
     strategies.attach(trainer)
@@ -305,7 +312,8 @@ def _run(
     if checkpoint is not None and strategies.had_stopped_at(checkpoint):
         take_up_stopped_run(trainer, checkpoint)
         return trainer, time.monotonic() - began
-    with stop.listening():
+    folder = Path(arguments.output_dir)
+    with stop.listening(), reporting(arguments.report_to, folder, name=arguments.run_name or folder.name):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except StopRequested:
@@ -330,6 +338,22 @@ def _stop_rate(
         data.validation.select(range(min(rows, len(data.validation)))),
         stop_token_ids=stop_token_ids(tokenizer),
         pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=config.task_spec().max_new_tokens,
+    )
+
+
+def _samples(
+    model: PeftModel, config: RunConfig, data: TokenisedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sample, ...]:
+    """Answers of the base and of the adapter that was kept, for the report."""
+    if data.validation is None or not config.eval.report_samples:
+        return ()
+    return sample_answers(
+        model,
+        data.validation,
+        tokenizer,
+        number=config.eval.report_samples,
+        stop_token_ids=stop_token_ids(tokenizer),
         max_new_tokens=config.task_spec().max_new_tokens,
     )
 

@@ -16,6 +16,7 @@ from qlora_kit.adapters import CONTRACT_FILE
 from qlora_kit.adapters.store import LOCK_FILE
 from qlora_kit.atomic import checked_target, recover_leftovers, require_free_space
 from qlora_kit.errors import OutputError
+from qlora_kit.report import PLOT_FILES, RECORD_FILE, REPORT_FILE
 from qlora_kit.training.checkpoints import CHECKPOINT, checkpoints
 from qlora_kit.training.settings import CONFIG_FILE, START_FILE
 
@@ -23,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 LEFTOVER = re.compile(r"^\.(final\..*\.partial|(checkpoint-[0-9]{1,9}|run\.json)\.[0-9a-f]{12}\.(partial|old))$")
 RUN_FILES = frozenset(
-    "adapter_model.safetensors adapter_config.json ledger.jsonl metrics.json README.md runs "
+    "adapter_model.safetensors adapter_config.json ledger.jsonl README.md runs "
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt merges.txt "
     "tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja additional_chat_templates".split()
-) | {CONTRACT_FILE, CONFIG_FILE, START_FILE}
-"""What a run leaves beside its checkpoints: its own files, those of any tokenizer, TensorBoard's ``runs``."""
+) | {CONTRACT_FILE, CONFIG_FILE, START_FILE, RECORD_FILE, REPORT_FILE, *PLOT_FILES}
+"""What a run leaves beside its checkpoints: its own files, a tokenizer's, and ``runs`` of ``train.report_to``."""
 FREE_SPACE_FACTOR = 1.2
 
 
