@@ -24,6 +24,8 @@ StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder."
 @app.command("list")
 def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List the store's adapters."""
+    if not store.is_dir():
+        say(f"{store}: there is no such folder yet; `adapters add` makes it")
     listing = _store(store).scan()
     if json:
         print_json({"adapters": [card_json(card) for card in listing.cards]})

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_kit.errors import GuardError
 from qlora_kit.training.batch_rows import longest_rows, row_pieces, sources_of_batches
+from qlora_kit.training.checkpoints import checkpoints
 from qlora_kit.training.exact_trainer import ExactTrainer
 from qlora_kit.training.peak_memory import peak_memory_bytes
 
@@ -268,8 +270,11 @@ class GuardedTrainer(ExactTrainer):
         return GuardError(
             f"{what} in step {self.state.global_step + 1}, on the rows {rows}",
             expected="a finite loss, gradient and weights",
-            fix="lower train.learning_rate, or look at these rows; the last checkpoint is kept",
+            fix="lower train.learning_rate, or look at these rows" + self._what_is_kept(),
         )
+
+    def _what_is_kept(self) -> str:
+        return "; the last checkpoint is kept" if checkpoints(Path(self.args.output_dir)) else ""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         loss_type, smoother = self.args.loss_type, self.label_smoother
@@ -283,7 +288,7 @@ class GuardedTrainer(ExactTrainer):
             raise GuardError(
                 f"the validation loss became {loss} after step {self.state.global_step}",
                 expected="a finite loss",
-                fix="lower train.learning_rate, or look at the validation rows; the last checkpoint is kept",
+                fix="lower train.learning_rate, or look at the validation rows" + self._what_is_kept(),
             )
         return metrics
 

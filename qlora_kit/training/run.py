@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 from trl import SFTConfig
 
 from qlora_kit.atomic import full_disk_errors
@@ -20,7 +18,7 @@ from qlora_kit.config import RunConfig
 from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.data.preparing import tell_notes
 from qlora_kit.data.tokenised_data import TokenisedData, tokenised_data
-from qlora_kit.errors import ConfigError, GuardError, Interrupted, QloraKitError
+from qlora_kit.errors import ConfigError
 from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
@@ -36,20 +34,15 @@ from qlora_kit.report import Sample, write_report
 from qlora_kit.stop_token import TokenRows, choose_token_rows
 from qlora_kit.token_rows import show_bias_of_head
 from qlora_kit.training.callbacks import (
-    EXIT_CODES,
-    GuardedTrainer,
-    ProgressCallback,
-    StopOnSignal,
     TrainingProgress,
 )
-from qlora_kit.training.checkpoints import Resumption
 from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
+from qlora_kit.training.fitting import fit
 from qlora_kit.training.memory_check import begun_with, within_memory
-from qlora_kit.training.reporters import reporting, require_reporters
+from qlora_kit.training.reporters import require_reporters
 from qlora_kit.training.resuming import resume_run
-from qlora_kit.training.run_facts import RunFacts, StopRequested
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
@@ -62,10 +55,9 @@ from qlora_kit.training.samples import sample_answers
 from qlora_kit.training.settings import Start, portable
 from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, require_fitting_start
 from qlora_kit.training.stop_rate import stop_rate
-from qlora_kit.training.strategies import Strategies, checked_strategies, take_up_stopped_run
+from qlora_kit.training.strategies import checked_strategies
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
@@ -183,7 +175,7 @@ def train(
     start.write(folder)
     try:
         with run_folder_lock(folder), full_disk_errors(folder):
-            trainer, seconds = _run(
+            trainer, seconds = fit(
                 model,
                 arguments,
                 tokenizer,
@@ -268,64 +260,6 @@ def _load_model(
     return model, facts
 
 
-def _run(
-    model: PeftModel,
-    arguments: SFTConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: tuple[Dataset | None, Dataset | None],
-    *,
-    strategies: Strategies,
-    start: Start,
-    resumption: Resumption | None,
-    progress: Callable[[TrainingProgress], None] | None,
-) -> tuple[GuardedTrainer, float]:
-    """Train; the trainer and the seconds it took."""
-    import datasets
-
-    stop = StopOnSignal()
-    datasets.disable_progress_bars()
-    checkpoint = None if resumption is None else resumption.checkpoint
-    masters = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
-    with warnings.catch_warnings():  # TRL means to drop it in its next major version, which the kit does not take
-        warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
-        trainer = GuardedTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows[0],
-            eval_dataset=rows[1],
-            processing_class=tokenizer,
-        )
-    trainer.facts = RunFacts(
-        stop.wanted,
-        start.began_sha256,
-        rows[0],
-        refused=() if resumption is None else resumption.refused,
-        changed=bool(start.changes),
-        probe=not arguments.use_cpu,
-    )
-    if progress is not None:
-        trainer.add_callback(ProgressCallback(progress, tokens_seen=lambda: trainer.tokens_seen))
-    trainer.remove_callback(PrinterCallback)  # it writes to stdout, which holds results only
-    _put_back_master_weights(model, masters)
-    strategies.attach(trainer)
-    began = time.monotonic()
-    if checkpoint is not None and strategies.had_stopped_at(checkpoint):
-        take_up_stopped_run(trainer, checkpoint)
-        return trainer, time.monotonic() - began
-    folder = Path(arguments.output_dir)
-    with stop.listening(), reporting(arguments.report_to, folder, name=arguments.run_name or folder.name):
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        except StopRequested:
-            trainer.save_stopped()
-            raise _interrupted(stop, trainer) from None
-    if stop.received is not None and trainer.on_disk:  # otherwise what was trained would be lost
-        raise _interrupted(stop, trainer)
-    seconds = time.monotonic() - began
-    _require_finite_weights(model)
-    return trainer, seconds
-
-
 def _stop_rate(
     model: PeftModel, config: RunConfig, data: TokenisedData, tokenizer: PreTrainedTokenizerBase
 ) -> float | None:
@@ -356,38 +290,3 @@ def _samples(
         stop_token_ids=stop_token_ids(tokenizer),
         max_new_tokens=config.task_spec().max_new_tokens,
     )
-
-
-def _put_back_master_weights(model: PeftModel, masters: Mapping[str, torch.Tensor]) -> None:
-    """Undo TRL's cast of the adapter to bf16, which loses small updates and rounds the weights that it begins with."""
-    for name, parameter in model.named_parameters():
-        if name in masters:
-            parameter.data = masters[name].to(parameter.device)
-
-
-def _require_finite_weights(model: PeftModel) -> None:
-    """What is published is looked at once more.
-
-    Raises:
-        GuardError: A trained weight is NaN or infinite.
-    """
-    broken = [name for name, p in model.named_parameters() if p.requires_grad and not p.isfinite().all()]
-    if broken:
-        raise GuardError(
-            f"{len(broken)} trained tensors hold values that are not finite, the first is {broken[0]}",
-            expected="finite weights",
-            fix="lower train.learning_rate; the last checkpoint is kept",
-        )
-
-
-def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
-    signal_name = "a signal to another process" if stop.received is None else stop.received.name
-    saved = trainer.on_disk
-    error = Interrupted(
-        f"stopped by {signal_name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
-        expected="the run to end by itself",
-        fix="go on from the checkpoint of this step with --resume" if saved else "start again: no step was done yet",
-    )
-    if stop.received is not None:
-        error.exit_code = EXIT_CODES[stop.received]
-    return error

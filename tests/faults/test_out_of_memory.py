@@ -155,7 +155,7 @@ def test_the_longest_batch_is_tried_first_and_leaves_no_trace(
     def probing(*args: Any, **kwargs: Any) -> RunFacts:
         return RunFacts(*args, **{**kwargs, "probe": True})
 
-    monkeypatch.setattr("qlora_kit.training.run.RunFacts", functools.partial(probing))
+    monkeypatch.setattr("qlora_kit.training.fitting.RunFacts", functools.partial(probing))
     run("lora.lora_dropout=0.1", name="probed")
     assert (tmp_path / "probed" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
     memory(4)
