@@ -77,7 +77,7 @@ def kit(rows: Path, work: Path) -> dict[str, Any]:
         data.require_usable()
         assert data.train is not None
         found.setdefault("prepared_rss_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        packed = pack_dataset(data.train, MAX_LENGTH, "bfd")
+        packed = pack_dataset(data.train.select_columns(["input_ids", "labels"]), MAX_LENGTH, "bfd")
         found[name] = time.perf_counter() - began
     return found | {"packed_rows": len(packed), "tokens": data.report.total_tokens, "rows": data.report.kept}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class BaseRef:
     """A base model that was found.
 
     Attributes:
-        id: What the user called it: ``tiny``, a folder, or a Hub id (without a revision).
+        id: ``tiny``, a folder as an absolute path, or a Hub id (without a revision).
         path: The local folder with its files.
         revision: The commit, for a Hub id.
     """
@@ -101,7 +102,7 @@ def require_supported_quantization(config: Mapping[str, Any], where: str) -> Non
 def _find(base: str, revision: str | None, hub_files: list[str]) -> BaseRef:
     if base == TINY or Path(base).is_dir():
         _refuse_revision(base, revision)
-        ref = BaseRef(base, TINY_FOLDER if base == TINY else Path(base))
+        ref = BaseRef(TINY, TINY_FOLDER) if base == TINY else BaseRef(os.path.abspath(base), Path(base))
     else:
         ref = _download(*_parse_hub_id(base, revision), hub_files)
     refuse_unsafe_keys(ref.path)

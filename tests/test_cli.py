@@ -152,7 +152,7 @@ def test_the_store_from_add_to_delete(
     assert shown.keys() >= CARD
     assert shown["contract"]["base"]["id"] == str(random_base)
     assert shown["contract"]["name"] == "third"
-    assert command("adapters", "delete", "third", "--json").json == {"deleted": "third"}
+    assert command("adapters", "delete", "third", "--json").json == {"deleted": "third", "adapters": []}
     refused(command("adapters", "show", "reviewz", "--json"), "reviewz", "did you mean reviews?")
     for verb in (("list",), ("show", "reviews")):
         plain = command("adapters", *verb)

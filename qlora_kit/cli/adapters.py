@@ -58,7 +58,8 @@ def show_adapter(
     details = _store(store).show(adapter)
     if json:
         contract = None if details.contract is None else asdict(details.contract)
-        print_json({**card_json(details.card), "contract": contract})
+        card = card_json(details.card)
+        print_json({**card, "contract": contract, "adapters": [card]})
         return
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -99,7 +100,7 @@ def delete_adapter(name: str, *, store: StoreOption = DEFAULT_STORE, json: JsonO
     """Delete an adapter from the store."""
     _store(store).delete(name)
     if json:
-        print_json({"deleted": name})
+        print_json({"deleted": name, "adapters": []})
     else:
         stdout_console().print(f"{name}: deleted from {store}", markup=False)
 
@@ -123,6 +124,6 @@ def _store(folder: Path) -> AdapterStore:
 
 def _tell(card: AdapterCard, what: str, *, json: bool) -> None:
     if json:
-        print_json(card_json(card))
+        print_json({**card_json(card), "adapters": [card_json(card)]})
     else:
         stdout_console().print(f"{card.name}: {what}", markup=False)

@@ -74,6 +74,7 @@ def adopt_adapter(
 def _to_json(adoption: Adoption) -> dict[str, Any]:
     return {
         **card_json(adoption.card),
+        "adapters": [card_json(adoption.card)],
         "measured": dict(adoption.contract.metrics),
         "not_measured": list(adoption.contract.not_measured),
         "load_in_4bit": adoption.contract.quantization["load_in_4bit"],

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.adapters import AdapterStore, base_fingerprint
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.atomic import atomic_file
-from qlora_kit.base_files import BaseRef
+from qlora_kit.base_files import TINY, BaseRef
 from qlora_kit.config import PartSection, RunConfig, Source
 from qlora_kit.data.chat import chat_template_sha256
 from qlora_kit.data.ledger import SPLITS, Problem
@@ -51,10 +51,17 @@ logger = logging.getLogger(__name__)
 
 
 def portable(config: RunConfig) -> RunConfig:
-    """The same configuration with data paths that hold without its YAML: relative to the current folder if under it."""
+    """The same configuration with paths that hold without its YAML and in another folder.
+
+    Data are named relative to the current folder if they lie in it, a base's folder absolutely: the contract names
+    it as well.
+    """
     mix = tuple(part.model_copy(update=_portable_sources(config, part)) for part in config.data.mix)
     data = config.data.model_copy(update={**_portable_sources(config, config.data), "mix": mix})
-    return config.model_copy(update={"data": data})
+    base = config.model.base
+    if base != TINY and Path(base).is_dir():
+        base = os.path.abspath(base)
+    return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"base": base})})
 
 
 def _portable_sources(config: RunConfig, part: PartSection) -> dict[str, tuple[Source, ...]]:
