@@ -131,7 +131,7 @@ def test_the_same_base_in_another_place_is_told(
 
 
 def test_what_does_not_matter_may_differ(start_of: Callable[..., Start]) -> None:
-    now = start_of("output_dir=elsewhere", "train.logging_steps=3", "train.save_total_limit=7", "eval.max_new_tokens=9")
+    now = start_of("output_dir=elsewhere", "train.logging_steps=3", "train.save_total_limit=7", "eval.limit=9")
     assert resumed_start(start_of(), now, allowed=(), checkpoint=CHECKPOINT).changes == ()
     assert now.began_sha256 == start_of().began_sha256
 
@@ -145,6 +145,11 @@ def test_other_library_versions_are_told(start_of: Callable[..., Start], caplog:
 
 
 def test_names_that_are_no_settings_or_cannot_change_are_refused(start_of: Callable[..., Start]) -> None:
+    for fixed in ("train.metric_for_best_model", "train.metric_rows", "train.loraplus_lr_ratio", "data.validation"):
+        with pytest.raises(ConfigError, match=f"{fixed} cannot change"):
+            resumed_start(start_of(), start_of(), allowed=[fixed], checkpoint=CHECKPOINT)
+    with pytest.raises(ConfigError, match=r"eval\.max_new_tokens is 9"):  # the best adapter was chosen by such answers
+        resumed_start(start_of(), start_of("eval.max_new_tokens=9"), allowed=(), checkpoint=CHECKPOINT)
     names = ["train.learning_rat", "train", "lora.r"]
     with pytest.raises(ConfigError) as refused:
         resumed_start(start_of(), start_of(), allowed=names, checkpoint=CHECKPOINT)

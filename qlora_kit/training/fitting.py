@@ -98,11 +98,23 @@ def fit(
         except StopRequested:
             trainer.save_stopped()
             raise _interrupted(stop, trainer) from None
+        except torch.OutOfMemoryError as error:  # in an evaluation: training steps make room by themselves
+            raise _no_room_to_evaluate(trainer, str(error).splitlines()[0]) from error
     if stop.received is not None and trainer.on_disk:  # otherwise what was trained would be lost
         raise _interrupted(stop, trainer)
     seconds = time.monotonic() - began
     _require_finite_weights(model)
     return trainer, seconds
+
+
+def _no_room_to_evaluate(trainer: GuardedTrainer, reason: str) -> GuardError:
+    saved = trainer.save_stopped()
+    return GuardError(
+        f"out of memory in the evaluation after step {trainer.state.global_step} ({reason})",
+        expected="memory for a batch of validation rows, or of answers to them",
+        fix="lower train.per_device_eval_batch_size (or eval.batch_size, where answers are measured)"
+        + ("; the steps are saved: go on with --resume --allow-changed and that key" if saved else ""),
+    )
 
 
 def _put_back_master_weights(model: PeftModel, masters: Mapping[str, torch.Tensor]) -> None:

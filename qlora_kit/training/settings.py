@@ -34,8 +34,11 @@ START_FILE = "run.json"
 MAX_START_BYTES = 2**24
 RECORDED_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 # What may differ in a resumed run: where it lies, what it tells and what it keeps; no step's result depends on it.
-FREE_KEYS = ("name", "output_dir", "train.memory", "train.save_total_limit", "train.report_to")
-FREE_PREFIXES = ("eval.", "train.logging")
+FREE_KEYS = (
+    *("name", "output_dir", "train.memory", "train.save_total_limit", "train.report_to"),
+    *("eval.limit", "eval.metrics", "eval.stop_rate_rows", "eval.report_samples"),
+)
+FREE_PREFIXES = ("train.logging",)
 _ANEW = "start again with --overwrite, or in another output_dir"
 _HASHED = {
     "model.base.weights": "the base holds other weights (model.base.weights)",
@@ -43,8 +46,13 @@ _HASHED = {
     "model.chat_template": "the base's chat template renders otherwise (model.chat_template)",
 }
 _PLACE_OF_BASE = {"model.base", "model.revision", "model.base.commit"}
-# The saved weights and the saved state of optimizer and scheduler have these settings' shape.
-_FIXED_PREFIXES = ("lora.", "train.optim", "train.lr_scheduler_type", "model.adapter")
+# The saved weights and the state of optimizer and scheduler have the shape of these settings; or the best adapter so far
+# was chosen, and the next evaluation is due, by them.
+_FIXED_PREFIXES = (
+    *("lora.", "train.optim", "train.lr_scheduler_type", "model.adapter"),
+    *("train.loraplus", "train.layerwise", "train.unfreeze"),
+    *("train.metric", "train.eval_s", "train.save_s", "data.validation"),
+)
 _CHANGEABLE = ("lora.lora_alpha", "lora.lora_dropout")
 
 logger = logging.getLogger(__name__)

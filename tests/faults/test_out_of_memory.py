@@ -162,3 +162,22 @@ def test_the_longest_batch_is_tried_first_and_leaves_no_trace(
     with caplog.at_level(logging.WARNING):
         run(name="split")
     assert "step 1: out of memory; micro-batches are split into 2" in caplog.text
+
+
+def test_out_of_memory_in_an_evaluation_loses_no_step(
+    run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kit.training.callbacks import GuardedTrainer
+
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    config = load_config(run_yaml, [f"output_dir={tmp_path}/run", "train.num_train_epochs=1"])
+    with monkeypatch.context() as patched:
+        patched.setattr(GuardedTrainer, "prediction_step", full)
+        with pytest.raises(GuardError, match=r"in the evaluation after step 6 \(no room\)(.|\n)*--resume"):
+            train(config)
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
+    resumed = train(config, resume=True)
+    assert resumed.resumed_from is not None
+    assert resumed.eval_loss is not None
