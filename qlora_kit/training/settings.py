@@ -46,8 +46,8 @@ _HASHED = {
     "model.chat_template": "the base's chat template renders otherwise (model.chat_template)",
 }
 _PLACE_OF_BASE = {"model.base", "model.revision", "model.base.commit"}
-# The saved weights and optimizer have the shape of these settings; or they chose the best adapter so far, and say when the
-# next evaluation is due.
+# The saved weights and optimizer have the shape of these settings; or they chose the best adapter so far, and say
+# when the next evaluation is due.
 _FIXED_PREFIXES = (
     *("lora.", "train.optim", "train.lr_scheduler_type", "model.adapter"),
     *("train.loraplus", "train.layerwise", "train.unfreeze"),
