@@ -14,7 +14,7 @@ from qlora_kit.safetensors_header import locate_tensors
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -33,38 +33,57 @@ class BaseLayout:
     tied: frozenset[str]
 
 
-def read_layout(ref: BaseRef) -> BaseLayout:
+def read_layout(ref: BaseRef, *, four_bit: bool = True) -> BaseLayout:
     """The base's linear layers: transformers builds the model without weights, and its own quantizer chooses.
+
+    Args:
+        ref: The base.
+        four_bit: Whether to ask which layers are quantized, which takes bitsandbytes; none of them otherwise.
 
     Raises:
         BaseModelError: transformers has no causal language model for the configuration.
     """
     import torch
-    from bitsandbytes.nn import Linear4bit
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.quantizers import AutoHfQuantizer
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(ref.path, local_files_only=True, trust_remote_code=False)
-        own = config.to_dict().get("quantization_config")
-        settings = BitsAndBytesConfig(load_in_4bit=True) if own is None else own
-        quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=own is not None)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+        tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+        linear = _linear_layers(model)
+        quantized = _quantized_layers(model, config) if four_bit else frozenset()
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise BaseModelError(
             f"{ref.path / 'config.json'}: transformers cannot build the model ({error})",
             expected="a causal language model that transformers itself has",
             fix="check the file, or upgrade transformers",
         ) from error
-    tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
-    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return BaseLayout(
         linear_shapes={name: (module.out_features, module.in_features) for name, module in linear.items()},
-        quantized=frozenset(name for name, module in linear.items() if isinstance(module, Linear4bit)),
+        quantized=quantized,
         tied=frozenset(name.removesuffix(".weight") for name in tied),
     )
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    import torch
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def _quantized_layers(model: PreTrainedModel, config: PreTrainedConfig) -> frozenset[str]:
+    """Those of an empty ``model`` that transformers' quantizer makes 4-bit layers of; it changes the model."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    own = config.to_dict().get("quantization_config")
+    settings = BitsAndBytesConfig(load_in_4bit=True) if own is None else own
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=own is not None)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"})
+    return frozenset(name for name, module in _linear_layers(model).items() if isinstance(module, Linear4bit))
 
 
 def require_described_shapes(ref: BaseRef) -> None:

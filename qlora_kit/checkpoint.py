@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from io import FileIO
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.atomic import atomic_directory, atomic_file, require_free_space
 from qlora_kit.errors import BaseModelError
-from qlora_kit.safetensors_header import TensorLocation, locate_tensors, shown
+from qlora_kit.safetensors_header import DTYPE_BYTES, TensorInfo, TensorLocation, locate_tensors, shown
 from qlora_kit.shard_writer import ShardWriter, TensorSpec, spec_of, torch_dtype, torch_dtype_name
 
 if TYPE_CHECKING:
@@ -20,11 +22,36 @@ __all__ = [
     "TensorSpec",
     "atomic_directory",
     "atomic_file",
+    "read_numbers",
     "require_free_space",
     "spec_of",
     "torch_dtype",
     "torch_dtype_name",
 ]
+
+
+def read_numbers(file: FileIO, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """Numbers ``start`` to ``stop`` (exclusive) of a tensor's flattened values: (stop - start,), in its own dtype.
+
+    They are read, not mapped: pages of a mapped file count as memory of the process that looks at them.
+
+    Raises:
+        OSError: The file cannot be read, or became shorter.
+    """
+    import torch
+
+    if not 0 <= start <= stop <= prod(info.shape):
+        raise IndexError(f"numbers {start}:{stop} of a tensor of shape {info.shape}")
+    size_bytes = DTYPE_BYTES[info.dtype]
+    raw = torch.empty((stop - start) * size_bytes, dtype=torch.uint8)
+    view = raw.numpy().data
+    file.seek(info.start + start * size_bytes)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(0, "the file became shorter while it was read")
+        view = view[count:]
+    return raw.view(torch_dtype(info.dtype))
 
 
 class TensorSource:
@@ -44,6 +71,7 @@ class TensorSource:
         self.folder = folder
         self._locations: dict[str, TensorLocation] = locate_tensors(folder, error=BaseModelError)
         self._open: dict[Path, Any] = {}
+        self._files: dict[Path, FileIO] = {}
 
     def __enter__(self) -> TensorSource:
         return self
@@ -106,9 +134,26 @@ class TensorSource:
             raise IndexError(f"rows {start}:{stop} of tensor {name} with shape {shape}")
         return self._read(name, slice(start, stop))
 
+    def numbers(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Numbers ``start`` to ``stop`` (exclusive) of the flattened tensor ``name``, by ``read_numbers``.
+
+        Raises:
+            BaseModelError: There is no such tensor, or its file can no longer be read.
+        """
+        location = self._location(name)
+        try:
+            if location.file not in self._files:
+                self._files[location.file] = location.file.open("rb", buffering=0)
+            return read_numbers(self._files[location.file], location.info, start, stop)
+        except OSError as error:
+            raise _unreadable(location.file, name, error) from error
+
     def close(self) -> None:
         """Let every opened file go; the source opens them again when it is used again."""
         self._open.clear()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     def _read(self, name: str, rows: slice | None) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
@@ -120,11 +165,7 @@ class TensorSource:
             opened = self._open[path]
             tensor: torch.Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[rows]
         except (OSError, SafetensorError) as error:
-            raise BaseModelError(
-                f"{path}: tensor {shown(name)} cannot be read: {error}",
-                expected="the file that was there when the work began",
-                fix="make sure that nothing changes the folder, download it again if needed, and start again",
-            ) from error
+            raise _unreadable(path, name, error) from error
         return tensor
 
     def _location(self, name: str) -> TensorLocation:
@@ -135,3 +176,11 @@ class TensorSource:
                 fix="give a model of a supported architecture, with all of its files",
             )
         return self._locations[name]
+
+
+def _unreadable(path: Path, name: str, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"{path}: tensor {shown(name)} cannot be read: {error}",
+        expected="the file that was there when the work began",
+        fix="make sure that nothing changes the folder, download it again if needed, and start again",
+    )

@@ -68,8 +68,13 @@ def code_sample(codes: torch.Tensor) -> str:
     import torch
 
     flat = codes.reshape(-1).view(torch.uint8)
-    stride = max(1, flat.numel() // CODE_SAMPLES)
-    return bytes(flat[::stride][:CODE_SAMPLES].tolist()).hex()
+    return bytes(flat[list(sampled_places(flat.numel()))].tolist()).hex()
+
+
+def sampled_places(count: int) -> range:
+    """Which of a weight's ``count`` bytes of codes are its sample."""
+    stride = max(1, count // CODE_SAMPLES)
+    return range(0, count, stride)[:CODE_SAMPLES]
 
 
 def nf4_code_samples(model: torch.nn.Module) -> dict[str, str]:

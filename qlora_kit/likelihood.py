@@ -1,13 +1,18 @@
-"""Teacher-forced likelihood: encoded conversations in, the negative log-likelihood of each one's answer out."""
+"""Teacher-forced likelihood: conversations in, negative log-likelihoods of their answers out, and compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlora_kit.data.encoding import IGNORED_LABEL, Encoded
 from qlora_kit.errors import GuardError
+from qlora_kit.metrics import bootstrap_ci95
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +20,62 @@ if TYPE_CHECKING:
 
 LOGITS_BYTES = 512 * 1024**2
 FLOAT_ROWS = 1024  # logits copied to fp32 at a time
+MIN_ROWS = 10
+"""With fewer rows no difference of losses counts as one."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a model on rows, row by row.
+
+    Attributes:
+        nlls: Negative log-likelihood of each row's answer and its stop token, in nats.  # (N,)
+        tokens: How many tokens that are.  # (N,)
+    """
+
+    nlls: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @property
+    def mean(self) -> float:
+        """In nats a token, over all tokens of all rows."""
+        return sum(self.nlls) / sum(self.tokens)
+
+
+@dataclass(frozen=True)
+class LossDifference:
+    """The difference of two models' losses on the same rows.
+
+    Attributes:
+        value: In nats a token.
+        ci95: Its 95 % interval, by resampling rows.
+        rows: How many.
+    """
+
+    value: float
+    ci95: tuple[float, float]
+    rows: int
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the rows show it: they are not too few, and the interval leaves 0 out."""
+        return self.rows >= MIN_ROWS and (self.ci95[0] > 0 or self.ci95[1] < 0)
+
+    @property
+    def is_lower(self) -> bool:
+        """Whether the rows show that the first model's loss is the lower one."""
+        return self.is_decided and self.value < 0
+
+
+def loss_difference(loss: Loss, other: Loss) -> LossDifference:
+    """``loss`` minus ``other``, of the same rows."""
+    tokens = np.asarray(loss.tokens, dtype=float)
+    rows = np.column_stack([np.subtract(loss.nlls, other.nlls), tokens])  # (N, 2)
+    return LossDifference(_mean_of(rows), bootstrap_ci95(rows, statistic=_mean_of), len(rows))
+
+
+def _mean_of(rows: NDArray[Any]) -> float:
+    return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
 def answer_nlls(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_WRITEBACK_BYTES = 32 * 2**20
 _TORCH_DTYPES = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -87,10 +88,11 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
 
 @dataclass
 class _Shard:
-    """One file being written: which tensors it holds, where each starts, and how many bytes of each are written."""
+    """One file being written: which tensors it holds, where each starts, and up to where Linux was told to write."""
 
     starts: dict[str, int] = field(default_factory=dict)
     size_bytes: int = 0
+    advised: int = 0
     file: BinaryIO | None = None
 
 
@@ -200,11 +202,25 @@ class ShardWriter:
         index = self._shard_of[name]
         shard = self._shards[index]
         file = self._opened(shard, self.file_names[index])
-        file.seek(shard.starts[name] + self._written[name])
+        start = shard.starts[name] + self._written[name]
+        file.seek(start)
         if tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             file.write(flat.numpy().data)
         self._written[name] += spec_of(tensor).size_bytes
+        self._start_writeback(shard, file, start + spec_of(tensor).size_bytes)
+
+    @staticmethod
+    def _start_writeback(shard: _Shard, file: BinaryIO, end: int) -> None:
+        """Let Linux bring to disk what is written already, while more is computed: the sync at the end finds it done.
+
+        Its advice that pages are no longer needed starts writing the dirty ones, and drops none of these.
+        """
+        if end - shard.advised < _WRITEBACK_BYTES or not hasattr(os, "posix_fadvise"):
+            return
+        file.flush()
+        os.posix_fadvise(file.fileno(), shard.advised, end - shard.advised, os.POSIX_FADV_DONTNEED)
+        shard.advised = end
 
     def _opened(self, shard: _Shard, file_name: str) -> BinaryIO:
         if shard.file is None:

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from qlora_kit.adapters import AdapterContract, AdapterStore, base_fingerprint, check_adapter_folder
 from qlora_kit.adoption import Adoption, Claims, adopt_adapter
-from qlora_kit.adoption.measuring import MIN_ROWS, Loss, loss_difference
 from qlora_kit.adoption.planning import AdoptionPlan, plan_adoption
 from qlora_kit.cli import main
 from qlora_kit.errors import AdapterError, ConfigError, GuardError, OutputError, QloraKitError
+from qlora_kit.likelihood import MIN_ROWS, Loss, loss_difference
 from qlora_kit.merging.probes import PROBES
 
 SYSTEM = "Is this review positive, negative or neutral?"

@@ -420,7 +420,7 @@ def test_train_passes_on_this_cpu(doctor: Callable[..., tuple[int, str]]) -> Non
 
 
 def test_a_wrong_merge_ends_with_3(doctor: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_kit.merging.writing.lora_delta", lambda a, b, scaling: b @ a)
+    monkeypatch.setattr("qlora_kit.merging.tensors.lora_delta", lambda a, b, scaling: b @ a)
     code, output = doctor("--train", "--json")
     assert code == 3
     wrong = [name for name, check in by_name(output).items() if check["ok"] is False]

@@ -79,6 +79,11 @@ class AdapterFiles:
         """The tensor that holds the trained rows of ``module``: (rows, hidden size)."""
         return f"{_PREFIX}{module}{_TOKENS_END}"
 
+    @staticmethod
+    def magnitude_tensor(module: str) -> str:
+        """The tensor that holds DoRA's magnitude of ``module``: (out_features,)."""
+        return f"{_PREFIX}{module}{_MAGNITUDE_END}"
+
 
 def check_adapter_folder(folder: Path) -> AdapterFiles:
     """Check that ``folder`` holds one sound LoRA adapter and nothing that loading could do harm with.

@@ -13,9 +13,10 @@ from typing import Any
 from qlora_kit.adapters import AdapterCard, AdapterContract, AdapterStore, BaseIdentity
 from qlora_kit.adapters.contract_file import ADOPTED
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE
-from qlora_kit.adoption.measuring import MIN_ROWS, Loss, LossDifference, Measured, loss_difference, measure
+from qlora_kit.adoption.measuring import Measured, measure
 from qlora_kit.adoption.planning import AdoptionPlan, Claims, plan_adoption
 from qlora_kit.errors import AdapterError
+from qlora_kit.likelihood import MIN_ROWS, Loss, LossDifference, loss_difference
 from qlora_kit.merging.probes import PROBES
 from qlora_kit.tasks import TASKS
 

@@ -6,19 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qlora_kit.adapter_loading import attach_adapter, base_modules, require_fit
 from qlora_kit.adapters import read_adapter
 from qlora_kit.adoption.planning import AdoptionPlan
 from qlora_kit.config import QuantizationSection
 from qlora_kit.errors import AdapterError, GuardError
 from qlora_kit.generation import Sampling, generate
-from qlora_kit.likelihood import answer_nlls
+from qlora_kit.likelihood import Loss, answer_nlls
 from qlora_kit.merging.probes import compare_logits, probe_logits, probe_prompts
 from qlora_kit.merging.results import LogitDifference
-from qlora_kit.metrics import bootstrap_ci95
 from qlora_kit.models import load_base_model, quantization_facts
 
 if TYPE_CHECKING:
@@ -27,53 +23,8 @@ if TYPE_CHECKING:
 
     from qlora_kit.data.encoding import Encoded
 
-MIN_ROWS = 10
-"""With fewer rows no difference of losses counts as one."""
 BATCH_SIZE = 16
 _ADAPTER_NAME = "default"
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss of a model on rows, row by row.
-
-    Attributes:
-        nlls: Negative log-likelihood of each row's answer and its stop token, in nats.  # (N,)
-        tokens: How many tokens that are.  # (N,)
-    """
-
-    nlls: tuple[float, ...]
-    tokens: tuple[int, ...]
-
-    @property
-    def mean(self) -> float:
-        """In nats a token, over all tokens of all rows."""
-        return sum(self.nlls) / sum(self.tokens)
-
-
-@dataclass(frozen=True)
-class LossDifference:
-    """The difference of two models' losses on the same rows.
-
-    Attributes:
-        value: In nats a token.
-        ci95: Its 95 % interval, by resampling rows.
-        rows: How many.
-    """
-
-    value: float
-    ci95: tuple[float, float]
-    rows: int
-
-    @property
-    def is_decided(self) -> bool:
-        """Whether the rows show it: they are not too few, and the interval leaves 0 out."""
-        return self.rows >= MIN_ROWS and (self.ci95[0] > 0 or self.ci95[1] < 0)
-
-    @property
-    def is_lower(self) -> bool:
-        """Whether the rows show that the first model's loss is the lower one."""
-        return self.is_decided and self.value < 0
 
 
 @dataclass(frozen=True)
@@ -97,17 +48,6 @@ class Measured:
     loss: Loss | None
     base_loss: Loss | None
     bare_loss: Loss | None
-
-
-def loss_difference(loss: Loss, other: Loss) -> LossDifference:
-    """``loss`` minus ``other``, of the same rows."""
-    tokens = np.asarray(loss.tokens, dtype=float)
-    rows = np.column_stack([np.subtract(loss.nlls, other.nlls), tokens])  # (N, 2)
-    return LossDifference(_mean_of(rows), bootstrap_ci95(rows, statistic=_mean_of), len(rows))
-
-
-def _mean_of(rows: NDArray[Any]) -> float:
-    return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
 def measure(plan: AdoptionPlan, quantization: QuantizationSection) -> Measured:

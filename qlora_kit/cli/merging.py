@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,12 @@ def merge(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     base: BaseOption = None,
     onto: Annotated[
-        Literal["dequantized", "original", "auto"],
-        typer.Option(help="The weights to add the adapter to; auto: those it was trained on."),
+        str,
+        typer.Option(
+            metavar="[dequantized|original|auto]",
+            help="The weights to add the adapter to; auto: those it was trained on, unless its validation rows show "
+            "that the original ones are better.",
+        ),
     ] = "auto",
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Verify the written files.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an occupied folder.")] = False,
@@ -36,13 +40,15 @@ def merge(
     folder = AdapterStore(store).get(adapter)
     say(f"merging {folder}")
     from qlora_kit.merging import merge_adapter
+    from qlora_kit.merging.onto import parse_onto
 
+    asked = parse_onto(onto)
     with counting("writing", unit="bytes") as bar:
 
         def show(done_bytes: int, total_bytes: int) -> None:
             bar.update(bar.task_ids[0], completed=done_bytes, total=total_bytes)
 
-        result = merge_adapter(folder, out, base=base, onto=onto, verify=verify, overwrite=overwrite, progress=show)
+        result = merge_adapter(folder, out, base=base, onto=asked, verify=verify, overwrite=overwrite, progress=show)
     if json:
         print_json(result.to_json())
     else:
@@ -55,6 +61,14 @@ def _show(result: MergeResult) -> None:
 
     table = Table(title=Text(str(result.output_dir), "table.title"), show_header=False)
     table.add_row("merged onto", Text(f"{result.base}, {result.onto}"))
+    if result.choice is not None:
+        table.add_row("chosen", Text(result.choice.reason))
+        for name, cost in result.choice.candidates.items():
+            live = cost.against_live
+            text = f"{cost.loss:.4f}, KL {live.kl:.2e}, top-1 {live.top1_agreement:.2%}"
+            table.add_row(f"validation loss onto {name}, against the live adapter", text)
+        if result.choice.live_loss is not None:
+            table.add_row("validation loss of the live adapter", f"{result.choice.live_loss:.4f}")
     if result.base_match == "nf4_codes":
         table.add_row("base", "the 16-bit model of the 4-bit files that were trained on, by its 4-bit codes")
     table.add_row("weights", f"{in_units(result.weight_bytes)}, {result.changed_weights:,} numbers changed")

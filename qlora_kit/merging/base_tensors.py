@@ -1,19 +1,14 @@
-"""A base's tensors as a merge sees them: 4-bit weights of its files dequantized, their quantization states left out."""
+"""A base's tensors as a merge writes them: 4-bit weights of its files as plain ones, their states left out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING
 
 from qlora_kit.checkpoint import TensorSource, TensorSpec
 from qlora_kit.errors import BaseModelError
-from qlora_kit.four_bit import dequantize
 from qlora_kit.prequantized import PackedWeight
-
-if TYPE_CHECKING:
-    import torch
 
 _FLOATS = ("F16", "BF16", "F32")
 
@@ -50,20 +45,3 @@ def output_specs(source: TensorSource, packed: Mapping[str, PackedWeight]) -> di
         for name in source.names
         if name not in parts
     }
-
-
-def read_tensor(source: TensorSource, name: str, packed: Mapping[str, PackedWeight]) -> torch.Tensor:
-    """The base's tensor ``name``: as it is in the file, or in fp32 what a 4-bit layer computes with.
-
-    The layer dequantizes straight to its compute dtype. The dtype that the quantization state records is that of the
-    weight before; rounding to it would be a rounding that no layer does.
-    """
-    import torch
-    from bitsandbytes.functional import QuantState
-
-    if name not in packed:
-        return source.get(name)
-    parts = {part.removeprefix(f"{name}."): source.get(part) for part in packed[name].parts}
-    state = QuantState.from_dict(parts, device=torch.device("cpu"))
-    state.dtype = torch.float32
-    return dequantize(source.get(name), state)

@@ -46,11 +46,26 @@ def _prompt(plan: MergePlan) -> str:
     return f" It was trained with the system prompt {plan.contract.system_prompt!r}."
 
 
+def _chosen(result: MergeResult) -> str:
+    choice = result.choice
+    if choice is None or not choice.candidates:
+        return ""
+    costs = "; ".join(
+        f"onto {name} {cost.loss:.4f} (KL {cost.against_live.kl:.2g}, same likeliest token at "
+        f"{cost.against_live.top1_agreement:.1%})"
+        for name, cost in choice.candidates.items()
+    )
+    return (
+        f"Loss on {choice.rows} validation rows, in nats a token: unmerged {choice.live_loss:.4f}; {costs}. "
+        f"Taken {result.onto}: {choice.reason}. "
+    )
+
+
 def _measured(result: MergeResult) -> str:
     found = result.verification
     if found is None:
         return "The written files were not verified."
-    text = (
+    text = _chosen(result) + (
         f"Verified from the written files against base + adapter, unmerged, in fp32, over {found.logits.positions} "
         f"positions: logits differ by {found.logits.max_abs:.2g} at most and {found.logits.mean_abs:.2g} in the mean "
         f"(one rounding alone: {found.noise.max_abs:.2g} and {found.noise.mean_abs:.2g}; what the adapter does: "

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from qlora_kit.atomic import atomic_directory
 from qlora_kit.merging.card import model_card
-from qlora_kit.merging.planning import REPORT_FILE, MergePlan, Onto, plan_merge
-from qlora_kit.merging.results import MergeResult
-from qlora_kit.merging.writing import copy_small_files, read_factors, write_json, write_weights
+from qlora_kit.merging.onto import Onto
+from qlora_kit.merging.planning import REPORT_FILE, MergePlan, plan_merge
+from qlora_kit.merging.results import MergeResult, OntoChoice
+from qlora_kit.merging.writing import copy_small_files, require_effect, write_json, write_weights
 
 REPORT_VERSION = 1
 CARD_FILE = "README.md"
@@ -45,8 +46,9 @@ def merge_adapter(
         out: The folder to write: a checkpoint for ``AutoModelForCausalLM.from_pretrained``, with ``merge_report.json``.
         base: ``tiny``, a folder or a Hub id; the contract's by default.
         revision: Of a Hub id.
-        onto: ``dequantized``, ``original``, or ``auto``: as the contract says the adapter was trained.
-        verify: Verify what was written; it takes memory for the model in fp32.
+        onto: ``dequantized``, ``original``, or ``auto``: as the contract says the adapter was trained, unless its
+            validation rows show that ``original`` is better (``choosing.choose_onto_by_rows``).
+        verify: Measure: verify what was written, and for ``auto`` both ways of merging; a layer at a time.
         overwrite: Replace ``out`` if it is occupied.
         max_shard_bytes: Files hold at most so many bytes of tensors.
         progress: Called with the bytes written and the bytes in all.
@@ -60,14 +62,17 @@ def merge_adapter(
     started = time.perf_counter()
     with atomic_directory(out, overwrite=overwrite) as folder:
         plan = plan_merge(adapter, out, base=base, revision=revision, onto=onto, verify=verify)
-        factors = read_factors(plan)
+        require_effect(plan)
+        choice = None
+        if onto == "auto":
+            plan, choice = _choose(plan, verify=verify)
         copy_small_files(plan, folder)
-        weights = write_weights(plan, folder, factors=factors, max_shard_bytes=max_shard_bytes, progress=progress)
+        weights = write_weights(plan, folder, max_shard_bytes=max_shard_bytes, progress=progress)
         verification = None
         if verify:
             from qlora_kit.merging.verifying import require_passed, verify_merge
 
-            verification = verify_merge(plan, folder, factors=factors)
+            verification = verify_merge(plan, folder)
             require_passed(verification, plan)
         result = MergeResult(
             output_dir=out,
@@ -75,6 +80,7 @@ def merge_adapter(
             base=plan.base.id,
             revision=plan.base.revision,
             onto=plan.onto,
+            choice=choice,
             base_match=plan.base_match,
             seconds=time.perf_counter() - started,
             peak_rss_bytes=_peak_rss_bytes(),
@@ -85,6 +91,14 @@ def merge_adapter(
         )
         _write_report(result, plan, folder)
     return result
+
+
+def _choose(plan: MergePlan, *, verify: bool) -> tuple[MergePlan, OntoChoice]:
+    if not verify:
+        return plan, OntoChoice.unmeasured("as trained: nothing was to be measured")
+    from qlora_kit.merging.choosing import choose_onto_by_rows
+
+    return choose_onto_by_rows(plan)
 
 
 def _adapter_name(plan: MergePlan) -> str:

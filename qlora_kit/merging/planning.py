@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from qlora_kit.adapters import (
-    CONTRACT_FILE,
     AdapterContract,
     AdapterFiles,
     BaseFacts,
@@ -23,12 +22,12 @@ from qlora_kit.base_files import BaseRef, read_model_config, resolve_base
 from qlora_kit.base_layout import BaseLayout, read_layout, require_described_packing, require_described_shapes
 from qlora_kit.checkpoint import TensorSource, TensorSpec, require_free_space
 from qlora_kit.config import QuantizationSection
-from qlora_kit.config.trained_quantization import trained_quantization
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
 from qlora_kit.host_memory import available_memory_bytes
-from qlora_kit.memory.files import VERIFY_MARGIN
 from qlora_kit.merging.base_tensors import output_specs
-from qlora_kit.merging.same_codes import layout_of_codes, require_same_codes
+from qlora_kit.merging.onto import BaseMatch, Chosen, Onto, base_match, choose_onto, require_16_bit_base
+from qlora_kit.merging.same_codes import layout_of_codes, require_codes_of_training, require_same_codes
+from qlora_kit.merging.saved_tensors import locate_saved_tensors
 from qlora_kit.merging.token_rows import TrainedRows, locate_trained_rows
 from qlora_kit.models import base_facts, base_quantization, load_tokenizer
 from qlora_kit.prequantized import PackedWeight, Prequantization, read_packed_weights, read_prequantization
@@ -38,9 +37,8 @@ REPORT_FILE = "merge_report.json"
 WEIGHT_DTYPES = ("F16", "BF16", "F32")
 _SMALL_FILES_BYTES = 64 * 2**20
 _FP32_BYTES = 4
-
-Onto = Literal["dequantized", "original", "auto"]
-BaseMatch = Literal["fingerprint", "nf4_codes"]
+_VERIFY_BYTES = 400 * 2**20  # logits of two models, and activations
+_VERIFY_COPIES = 3  # of the largest layer's weight in fp32
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,11 @@ class MergePlan:
         quantization: How the base is quantized: for ``dequantized``, before the merge; else as trained, if known.
         layout: The base's linear layers.
         packed: Those of the base's tensors that are 4-bit weights in its files already.
+        base_specs: The base's tensors as a merge writes them.
         specs: The tensors of the output.
+        replaced: Tensors of the output in whose place the adapter brings its own; their names in the adapter.
+        copied_from: Tensors of the output that the base has under another name.
+        config: Keys of ``config.json`` that the adapter changes.
         token_rows: Tensors of the output with rows that the adapter brings trained.
         base_match: What shows that the base is the one of training: its ``fingerprint``; or, for the 16-bit model of a
             base that was quantized already, the ``nf4_codes`` that it quantizes to. None without a contract.
@@ -64,17 +66,25 @@ class MergePlan:
     adapter: AdapterFiles
     contract: AdapterContract | None
     base: BaseRef
-    onto: Literal["dequantized", "original"]
+    onto: Chosen
     quantization: QuantizationSection
     layout: BaseLayout
     packed: Mapping[str, PackedWeight]
+    base_specs: Mapping[str, TensorSpec]
     specs: Mapping[str, TensorSpec]
+    replaced: Mapping[str, str]
+    copied_from: Mapping[str, str]
+    config: Mapping[str, Any]
     token_rows: Mapping[str, TrainedRows]
     base_match: BaseMatch | None
 
+    def is_quantized(self, tensor: str) -> bool:
+        """Whether the base's tensor is the weight of a 4-bit layer once the base is loaded in 4 bits."""
+        return _weight_of(tensor) in self.layout.quantized
+
     def round_trips(self, tensor: str) -> bool:
         """Whether the base's tensor goes through its 4-bit round trip."""
-        return self.onto == "dequantized" and _weight_of(tensor) in self.layout.quantized
+        return self.onto == "dequantized" and self.is_quantized(tensor)
 
     def target(self, tensor: str) -> str | None:
         """The adapted module whose weight the base's tensor is, or None."""
@@ -93,15 +103,14 @@ def plan_merge(
         OutputError: The output would replace base or adapter, or does not fit; or verifying does not fit memory.
     """
     files = check_adapter_folder(adapter)
-    _refuse_unsupported(files)
     contract = None if files.contract is None else AdapterContract.load(files.contract)
-    chosen, quantization = _choose_onto(files, contract, onto)
-    _require_16_bit_base(files, contract, chosen, base)
+    chosen, quantization = choose_onto(files, contract, onto)
+    require_16_bit_base(files, contract, chosen, base)
     ref = _find_base(files, contract, base, revision)
     held = read_prequantization(read_model_config(ref), where=str(ref.path / "config.json"))
     _refuse_unmergeable_base(ref, held, chosen)
     _refuse_overlap(out, {"adapter": adapter, "base": ref.path})
-    match = _base_match(contract, chosen)
+    match = base_match(contract, chosen)
     with TensorSource(ref.path) as source:
         if contract is not None and match == "fingerprint":
             files_held = {"prequantized": held is not None}
@@ -109,22 +118,41 @@ def plan_merge(
         quantization = base_quantization(ref, quantization)
         packed = read_packed_weights(locate_tensors(ref.path, error=BaseModelError))
         specs = output_specs(source, packed)
-        require_free_space(out, sum(spec.size_bytes for spec in specs.values()) + _SMALL_FILES_BYTES)
-        if verify:
-            _require_memory(specs)
+        _require_space(out, specs)
         if contract is not None:
             _require_conversation_match(contract, ref)
         if held is not None:
             require_described_shapes(ref)
             require_described_packing(ref)
-        layout = read_layout(ref)
+        layout = read_layout(ref, four_bit=verify or chosen == "dequantized")
+        if verify:
+            _require_memory(layout)
         if contract is not None and match == "nf4_codes":
             layout = layout_of_codes(layout, contract, files.folder)
         _refuse_misfit(files, layout, source, packed)
         rows = _token_rows(files, layout, specs, packed)
+        saved = locate_saved_tensors(files, specs, layout)
+        _require_space(out, saved.specs)
         if contract is not None and match == "nf4_codes":
             require_same_codes(source, contract, quantization)
-    return MergePlan(files, contract, ref, chosen, quantization, layout, packed, specs, rows, match)
+        elif contract is not None and quantization.load_in_4bit and (verify or chosen == "dequantized"):
+            require_codes_of_training(source, contract, quantization)
+    return MergePlan(
+        adapter=files,
+        contract=contract,
+        base=ref,
+        onto=chosen,
+        quantization=quantization,
+        layout=layout,
+        packed=packed,
+        base_specs=specs,
+        specs=saved.specs,
+        replaced=saved.replaced,
+        copied_from=saved.copied_from,
+        config=saved.config,
+        token_rows={name: found for name, found in rows.items() if name not in saved.replaced},
+        base_match=match,
+    )
 
 
 def _require_conversation_match(contract: AdapterContract, ref: BaseRef) -> None:
@@ -137,45 +165,6 @@ def _weight_of(tensor: str) -> str:
     return tensor.removesuffix(".weight") if tensor.endswith(".weight") else ""
 
 
-def _refuse_unsupported(files: AdapterFiles) -> None:
-    settings = files.config
-    features = {
-        "use_dora": settings.use_dora,
-        "modules_to_save": bool(settings.modules_to_save),
-        f"bias={settings.bias}": settings.bias != "none",
-    }
-    used = [name for name, is_used in features.items() if is_used]
-    if used:
-        raise AdapterError(
-            f"{files.folder}: the adapter uses {', '.join(used)}, which this merge does not cover",
-            expected="a LoRA adapter of pairs (rsLoRA, rank_pattern and alpha_pattern included) and token rows only",
-            fix="keep it as an adapter (generate, serve), or train one without these settings",
-        )
-
-
-def _choose_onto(
-    files: AdapterFiles, contract: AdapterContract | None, onto: Onto
-) -> tuple[Literal["dequantized", "original"], QuantizationSection]:
-    if contract is None:
-        if onto == "auto":
-            raise AdapterError(
-                f"{files.folder}: the adapter has no contract, so what base it was trained on is not known",
-                expected="--onto dequantized (trained on 4-bit weights) or --onto original (trained on 16-bit weights)",
-                fix="give --onto as the adapter was trained, or write its contract: `qlora-kit adapters adopt`",
-            )
-        return onto, QuantizationSection(load_in_4bit=onto == "dequantized")
-    quantization = trained_quantization(files.folder / CONTRACT_FILE, contract.quantization)
-    if onto == "dequantized" and not quantization.load_in_4bit:
-        raise AdapterError(
-            f"{files.folder}: trained on 16-bit weights, which a merge onto dequantized ones would replace",
-            expected="--onto original",
-            fix="leave --onto out: the contract says how the adapter was trained",
-        )
-    if onto == "auto":
-        return ("dequantized" if quantization.load_in_4bit else "original"), quantization
-    return onto, quantization
-
-
 def _find_base(
     files: AdapterFiles, contract: AdapterContract | None, base: str | None, revision: str | None
 ) -> BaseRef:
@@ -186,28 +175,7 @@ def _find_base(
     raise no_base_given(files.folder, files.config.base_model_name_or_path)
 
 
-def _require_16_bit_base(
-    files: AdapterFiles, contract: AdapterContract | None, onto: Literal["dequantized", "original"], base: str | None
-) -> None:
-    """``original`` needs the 16-bit model; the contract of a base that was quantized already cannot name it."""
-    if base is None and contract is not None and _base_match(contract, onto) == "nf4_codes":
-        raise AdapterError(
-            f"{files.folder}: trained on {contract.base.id}, whose files hold 4-bit weights: --onto original needs the "
-            "16-bit model that they were quantized from",
-            expected="--base with that model; its weights must quantize to the 4-bit codes of training",
-            fix="give it with --base, or leave --onto out to merge into the weights that were trained on",
-        )
-
-
-def _base_match(contract: AdapterContract | None, onto: Literal["dequantized", "original"]) -> BaseMatch | None:
-    if contract is None:
-        return None
-    return "nf4_codes" if onto == "original" and contract.quantization.get("prequantized") else "fingerprint"
-
-
-def _refuse_unmergeable_base(
-    ref: BaseRef, held: Prequantization | None, onto: Literal["dequantized", "original"]
-) -> None:
+def _refuse_unmergeable_base(ref: BaseRef, held: Prequantization | None, onto: Chosen) -> None:
     if (ref.path / REPORT_FILE).exists():
         raise BaseModelError(
             f"{ref.path}: is a merge itself (it holds {REPORT_FILE})",
@@ -234,14 +202,19 @@ def _refuse_overlap(out: Path, inputs: Mapping[str, Path]) -> None:
             )
 
 
-def _require_memory(specs: Mapping[str, TensorSpec]) -> None:
-    """Verifying holds a whole model in fp32; better refused here than killed after the writing."""
-    needed_bytes = VERIFY_MARGIN * _FP32_BYTES * sum(prod(spec.shape) for spec in specs.values())
+def _require_space(out: Path, specs: Mapping[str, TensorSpec]) -> None:
+    require_free_space(out, sum(spec.size_bytes for spec in specs.values()) + _SMALL_FILES_BYTES)
+
+
+def _require_memory(layout: BaseLayout) -> None:
+    """Verifying holds a layer at a time in fp32; better refused here than killed after the writing."""
+    largest = max((prod(shape) for name, shape in layout.linear_shapes.items() if name not in layout.tied), default=0)
+    needed_bytes = _VERIFY_BYTES + _VERIFY_COPIES * _FP32_BYTES * largest
     available_bytes = available_memory_bytes()
     if available_bytes is not None and available_bytes < needed_bytes:
         raise OutputError(
             f"verifying takes {needed_bytes / 2**30:.1f} GiB of memory, {available_bytes / 2**30:.1f} GiB are free",
-            expected="room for the whole model in fp32",
+            expected="room for the largest layer in fp32 and the logits of two models",
             fix="free memory, merge on a larger machine, or give --no-verify (the writing itself needs little)",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class TensorCheck:
         merged: Weights that the adapter targets.
         round_trips: Other weights that must equal their own 4-bit round trip.
         trained_rows: Embedding and head where the adapter brings rows; the other rows must equal the base's.
+        replaced: Tensors that must equal the adapter's own (``modules_to_save``, ``bias``), rounded once.
         copied: Tensors that must equal the base's, byte by byte.
         violations: What does not hold, one text for each tensor.
     """
@@ -41,6 +43,7 @@ class TensorCheck:
     merged: int
     round_trips: int
     trained_rows: int
+    replaced: int
     copied: int
     violations: tuple[str, ...]
 
@@ -51,7 +54,7 @@ class Verification:
 
     Attributes:
         passed: Whether the gate holds: no tensor is wrong, and the logits stay within the limits.
-        tensors: The tensors, against a recomputation from the model that PEFT holds in memory.
+        tensors: The tensors, against a second evaluation from base and adapter.
         logits: The written model against the base it was merged onto + the adapter, both in fp32.
         noise: What one rounding of the merged weights does to the logits, measured in the same run.
         effect: The base it was merged onto without the adapter against with it: what the merge is for.
@@ -88,6 +91,47 @@ class Verification:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """What one way of merging costs.
+
+    Attributes:
+        loss: Of the merged model on the validation rows, in nats a supervised token.
+        against_live: Its logits there against those of the base as trained + the adapter.
+    """
+
+    loss: float
+    against_live: LogitDifference
+
+
+@dataclass(frozen=True)
+class OntoChoice:
+    """How ``auto`` chose what to merge onto.
+
+    Attributes:
+        reason: Why the chosen way was taken.
+        rows: How many validation rows were measured; 0 where none were.
+        tokens: How many supervised tokens they have.
+        live_loss: The loss of the base as trained + the adapter on them.
+        candidates: What each way costs, by its name.
+        difference: Loss onto original minus loss onto dequantized.
+        difference_ci95: Its 95 % interval, by resampling rows.
+    """
+
+    reason: str
+    rows: int
+    tokens: int
+    live_loss: float | None
+    candidates: Mapping[str, Candidate]
+    difference: float | None
+    difference_ci95: tuple[float, float] | None
+
+    @classmethod
+    def unmeasured(cls, reason: str) -> OntoChoice:
+        """A choice that no rows were measured for."""
+        return cls(reason, rows=0, tokens=0, live_loss=None, candidates={}, difference=None, difference_ci95=None)
+
+
+@dataclass(frozen=True)
 class MergeResult:
     """A finished merge.
 
@@ -97,6 +141,7 @@ class MergeResult:
         base: Id of the base, with its revision.
         revision: Of a Hub id.
         onto: ``dequantized`` or ``original``.
+        choice: How ``auto`` chose it; None where it was given.
         base_match: What shows that the base is the one of training: its ``fingerprint``, or the ``nf4_codes`` that it
             quantizes to (the 16-bit model of a base that was quantized already); None without a contract.
         seconds: Wall time of all of it.
@@ -112,6 +157,7 @@ class MergeResult:
     base: str
     revision: str | None
     onto: str
+    choice: OntoChoice | None
     base_match: str | None
     seconds: float
     peak_rss_bytes: int

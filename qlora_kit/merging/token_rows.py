@@ -1,18 +1,13 @@
-"""Rows of the embedding and the head that an adapter brings trained: where they belong in a merge, and their values."""
+"""Rows of the embedding and the head that an adapter brings trained: where they belong in a merge."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qlora_kit.adapters import AdapterFiles
 from qlora_kit.checkpoint import TensorSpec
 from qlora_kit.errors import AdapterError
-from qlora_kit.safetensors_header import shown
-
-if TYPE_CHECKING:
-    import torch
 
 _HEAD = "lm_head"
 
@@ -49,29 +44,3 @@ def locate_trained_rows(
         )
     copy = f"{_HEAD}.weight"
     return rows if copy not in specs or not rows else {**rows, copy: next(iter(rows.values()))}
-
-
-def read_trained_rows(files: AdapterFiles, rows: Mapping[str, TrainedRows]) -> dict[str, torch.Tensor]:
-    """The values by tensor of the output: fp32, (rows, hidden size)."""
-    from safetensors import safe_open
-
-    with safe_open(files.weights, framework="pt", device="cpu") as file:
-        return {name: file.get_tensor(files.token_tensor(found.module)).float() for name, found in rows.items()}
-
-
-def with_rows(matrix: torch.Tensor, ids: tuple[int, ...], rows: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy of ``matrix`` (V, H) with ``rows`` (N, H), rounded to its dtype, in place of its rows ``ids``.
-
-    Raises:
-        AdapterError: A row is not finite in the matrix's dtype.
-    """
-    import torch
-
-    rounded = rows.to(matrix.dtype)
-    if not bool(rounded.isfinite().all()):
-        raise AdapterError(
-            f"the trained rows of {shown(name)} are not finite in {matrix.dtype}",
-            expected="rows within the range of the base's dtype",
-            fix="train with a smaller learning rate, or merge onto a bf16 copy of the base",
-        )
-    return matrix.index_copy(0, torch.tensor(ids), rounded)
