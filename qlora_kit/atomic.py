@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from qlora_kit.errors import OutputError
@@ -49,11 +50,11 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     with _disk_errors(target, target):
         _restore_moved_aside(target)
         _refuse_occupied(target, overwrite=overwrite)
-    with _parents(target.parent):
-        temporary = _sibling(target, "partial")
+    with _parents(target.parent), ExitStack() as held:
+        with _disk_errors(target, target):
+            _delete_abandoned(target)
+            temporary = held.enter_context(_locked_sibling(target))
         try:
-            with _disk_errors(target, temporary):
-                temporary.mkdir()
             with full_disk_errors(target):
                 yield temporary
                 _sync_tree(temporary)
@@ -205,6 +206,45 @@ def _parents(folder: Path) -> Iterator[None]:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         raise
+
+
+@contextmanager
+def _locked_sibling(target: Path) -> Iterator[Path]:
+    """A new empty folder beside ``target``, locked while this process lives, so that others know it is in use."""
+    while True:
+        temporary = _sibling(target, "partial")
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a network's file system may lock no folders: then none is ever abandoned
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            if temporary.exists():  # another process may have taken it for abandoned before it was locked
+                yield temporary
+                return
+        finally:
+            os.close(lock)
+
+
+def _delete_abandoned(target: Path) -> None:
+    """Delete the folders that killed processes left of ``target``: unlocked new ones, old ones that are replaced."""
+    for path in target.parent.iterdir():
+        match = _LEFTOVER.match(path.name)
+        if match is None or match["name"] != target.name or not path.is_dir():
+            continue
+        if match["kind"] == "old" and not os.path.lexists(target):
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path)
+            logger.warning("deleted %s, which an interrupted process had left", path)
+        except OSError:  # in use, or not ours to delete
+            pass
+        finally:
+            os.close(lock)
 
 
 def _swap_in(temporary: Path, target: Path) -> None:

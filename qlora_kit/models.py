@@ -31,7 +31,7 @@ def load_tokenizer(ref: BaseRef) -> PreTrainedTokenizerBase:
     """The base's tokenizer, padding on the left as decoding needs it.
 
     Raises:
-        BaseModelError: It cannot be loaded or has no chat template.
+        BaseModelError: It cannot be loaded, or has no vocabulary or no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -45,6 +45,13 @@ def load_tokenizer(ref: BaseRef) -> PreTrainedTokenizerBase:
             expected="tokenizer.json and tokenizer_config.json beside the weights",
             fix="copy the base's tokenizer files into the folder",
         ) from error
+    known = set(tokenizer("a model", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}
+    if not known:  # transformers 5.23 makes an empty vocabulary where the file is missing, without a word
+        raise BaseModelError(
+            f"{ref.path}: the tokenizer has no vocabulary: it turns a text into no tokens",
+            expected="tokenizer.json (or tokenizer.model, or vocab.json and merges.txt) beside the weights",
+            fix="copy the base's tokenizer files into the folder",
+        )
     if not tokenizer.chat_template:
         raise BaseModelError(
             f"{ref.id}: the tokenizer has no chat template",

@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+_UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int | None:
+    """The bytes of a size such as ``24GiB`` or ``500 MB``; None where the text is no size above 0."""
+    size = _SIZE.fullmatch(text.strip())
+    return None if size is None else int(float(size[1]) * _UNITS[size[2].lower()]) or None
+
 
 def in_units(count_bytes: float) -> str:
     """A size for people: KiB, MiB or GiB."""

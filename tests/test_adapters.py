@@ -116,7 +116,7 @@ def test_every_missing_key_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "qlora_kit.json").write_text('{"format_version": 2}')
     with pytest.raises(AdapterError) as caught:
         AdapterContract.load(tmp_path)
-    fields = {field.name for field in dataclasses.fields(AdapterContract)} - {"name", "continued_from"}
+    fields = {field.name for field in dataclasses.fields(AdapterContract)} - {"name", "continued_from", "combined_from"}
     assert {fault.what.split(": ")[1].split()[0] for fault in caught.value.faults} == fields
 
 

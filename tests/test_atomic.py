@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -205,3 +206,25 @@ def test_a_kill_at_any_moment_leaves_the_old_folder_or_the_new_one(tmp_path: Pat
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         contents = {name: (target / name).read_text() for name in "abc"}
         assert len(set(contents.values())) == 1
+
+
+def test_what_a_killed_process_left_of_a_folder_goes_when_it_is_made_again(tmp_path: Path) -> None:
+    """A lock tells a folder that is being written from one that a killed process left."""
+    abandoned, used = tmp_path / ".out.0123456789ab.partial", tmp_path / ".out.cdefcdefcdef.partial"
+    replaced, other = tmp_path / ".out.0123456789ab.old", tmp_path / ".else.0123456789ab.partial"
+    for folder in (abandoned, used, replaced, other, tmp_path / "out"):
+        folder.mkdir()
+    (abandoned / "weights").write_text("half")
+    lock = os.open(used, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    try:
+        with atomic.atomic_directory(tmp_path / "out") as folder:
+            assert set(tmp_path.iterdir()) == {used, other, folder, tmp_path / "out"}
+            with atomic.atomic_directory(tmp_path / "out") as second:  # neither takes the other for abandoned
+                assert folder.is_dir()
+            assert not second.exists()
+            (tmp_path / "out").rmdir()
+            (folder / "file").write_text("1")
+    finally:
+        os.close(lock)
+    assert set(tmp_path.iterdir()) == {used, other, tmp_path / "out"}

@@ -212,7 +212,38 @@ def test_merge_prints_its_result(command: Callable[..., Outcome], store: Path, t
     assert verification.keys() >= {"passed", "max_abs_logit_diff", "mean_abs_logit_diff", "top1_agreement", "kl"}
     assert verification["passed"] is True
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    refused(command("merge", "reviews", "--out", "merged"), "merged", "--overwrite")
+    assert "writing" in merged.err
+    again = command("merge", "reviews", "--out", "merged", "--json")
+    assert (again.code, again.json["already_there"]) == (0, True)
+    assert "writing" not in again.err
+    refused(command("merge", "reviews", "--out", "merged", "--onto", "original"), "merged", "--overwrite")
+
+
+def test_merge_writes_the_trained_base_alone(command: Callable[..., Outcome], store: Path, tmp_path: Path) -> None:
+    written = command("merge", "reviews", "--base-only", "--out", "trained", "--max-shard-size", "1MB", "--json")
+    assert written.code == 0, written.err
+    assert (written.json["kind"], written.json["adapter"], written.json["onto"]) == (
+        "trained_base",
+        None,
+        "dequantized",
+    )
+    table = command("merge", "reviews", "--base-only", "--out", "trained", "--max-shard-size", "1 mb")
+    assert "already there" in table.out
+    assert "trained base" in table.out
+    refused(command("merge", "reviews", "--base", "trained", "--out", "merged"), "is the trained base of")
+    refused(command("merge", "--base-only", "--onto", "original", "--out", "merged"), "the base itself")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_merge_refuses_before_any_bar_is_drawn(command: Callable[..., Outcome], store: Path) -> None:
+    for size in ("5", "0GB", "1KB", "900000GB", "-5GB", "many"):
+        refused(command("merge", "reviews", "--out", "merged", "--max-shard-size", size), "--max-shard-size is")
+    refused(command("merge", "--out", "merged"), "no adapter is given", "--base-only")
+    (store / "reviews" / "adapter_model.safetensors").write_bytes(b"")
+    outcome = command("merge", "reviews", "--out", "merged")
+    refused(outcome, "adapter_model.safetensors: 0 bytes")
+    assert "writing" not in outcome.err
+    assert "━" not in outcome.err
 
 
 # --- the user's mistakes, before a model is loaded ---

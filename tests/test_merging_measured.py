@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qlora_kit.adapters import AdapterContract
 from qlora_kit.checkpoint import ShardWriter, TensorSource, TensorSpec
 from qlora_kit.cli import main
-from qlora_kit.config import load_config
+from qlora_kit.config import QuantizationSection, load_config
 from qlora_kit.data.encoding import encode_conversation
 from qlora_kit.data.preparing import prepare
 from qlora_kit.engine import Engine
-from qlora_kit.errors import AdapterError, BaseModelError
+from qlora_kit.errors import AdapterError, BaseModelError, OutputError
 from qlora_kit.four_bit import code_sample
+from qlora_kit.generation import Sampling
 from qlora_kit.likelihood import Loss, LossDifference, answer_nlls
-from qlora_kit.merging import choosing, merge_adapter
+from qlora_kit.merging import answering, choosing, merge_adapter
 from qlora_kit.merging.layerwise import Sequences, layerwise_logits
 from qlora_kit.merging.same_codes import sampled_codes
 from qlora_kit.merging.tensor_check import WrittenTensors
@@ -184,3 +186,111 @@ def test_a_merge_into_4_bits_in_place_is_refused_with_the_reason(
         assert ended.value.code == 2
         assert expected in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_run_again_it_is_there_at_once(trained_run: tuple[Path, TrainResult], tmp_path: Path) -> None:
+    adapter, out = trained_run[0], tmp_path / "out"
+    first = merge_adapter(adapter, out)
+    times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / "README.md").write_text("my own words")
+
+    again = merge_adapter(adapter, out)
+
+    assert again.already_there
+    costs = {"seconds": 0.0, "peak_rss_bytes": 0, "already_there": False}
+    assert replace(again, **costs) == replace(first, **costs)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix != ".md"} == {
+        name: time for name, time in times.items() if not name.endswith(".md")
+    }
+    assert merge_adapter(adapter, out, verify=False).already_there  # more than was asked for
+    with pytest.raises(OutputError, match="not empty"):
+        merge_adapter(adapter, out, max_shard_bytes=10**6)
+    made = merge_adapter(adapter, out, overwrite=True)
+    assert not made.already_there
+    assert "my own words" not in (out / "README.md").read_text()
+
+
+def test_the_written_model_is_measured_on_the_validation_rows(
+    trained_run: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    adapter = trained_run[0]
+    config = load_config(adapter / "config.yaml")
+
+    result = merge_adapter(adapter, tmp_path / "out", onto="original")
+
+    assert result.verification is not None
+    found = result.verification.on_rows
+    assert not isinstance(found, str)
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    engine = Engine(str(AdapterContract.load(adapter).base.id))
+    examples = prepare(config).validation
+    rows = [encode_conversation(example.messages, engine.tokenizer, loss_on="last") for example in examples]
+    tokens = sum(row.supervised_tokens for row in rows)
+    assert found.rows == len(rows) == 9
+    assert found.loss == pytest.approx(sum(answer_nlls(written, rows, batch_size=4, pad_token_id=0)) / tokens, rel=1e-4)
+    with engine.using(engine.load(str(adapter))) as live:
+        trained = sum(answer_nlls(live, rows, batch_size=4, pad_token_id=0)) / tokens
+    assert found.trained_loss == pytest.approx(trained, rel=1e-4)
+    assert found.drift is not None
+    assert found.drift.mean_abs > 10 * found.logits.mean_abs  # 4-bit and 16-bit weights are far apart
+    assert found.logits.mean_abs == pytest.approx(found.noise.mean_abs, rel=1)
+
+
+def test_the_answers_of_merged_and_live_model_are_scored(
+    trained_run: tuple[Path, TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = trained_run[0]
+    config = load_config(adapter / "config.yaml")
+
+    verification = merge_adapter(adapter, tmp_path / "out").verification
+
+    assert verification is not None
+    found = verification.answers
+    assert (found.reason, found.metric, found.rows) == ("", "accuracy", 9)
+    # The independent reference: the engine's own answers, and those of the merged model alone, compared as texts.
+    engine = Engine(str(AdapterContract.load(adapter).base.id))
+    name = engine.load(str(adapter))
+    labels = [example.messages[-1].content for example in prepare(config).validation]
+    turns = [example.messages[:-1] for example in prepare(config).validation]
+    limit = Sampling(max_new_tokens=config.eval.max_new_tokens or 4)
+    live = [answer.text.strip() for answer in engine.generate(turns, adapter=name, sampling=limit)]
+    merged_engine = Engine(str(tmp_path / "out"), quantization=QuantizationSection(load_in_4bit=False))
+    merged = [answer.text.strip() for answer in merged_engine.generate(turns, sampling=limit)]
+    assert found.live == pytest.approx(sum(map(str.__eq__, live, labels)) / 9)
+    assert found.merged == pytest.approx(sum(map(str.__eq__, merged, labels)) / 9)
+    assert found.same_answers == pytest.approx(sum(map(str.__eq__, live, merged)) / 9)
+
+    monkeypatch.setattr(answering, "MAX_CPU_BYTES", 1000)
+    large = merge_adapter(adapter, tmp_path / "large")
+    assert large.verification is not None
+    assert "the model takes" in large.verification.answers.reason
+    report = json.loads((tmp_path / "large" / "merge_report.json").read_text())
+    assert report["verification"]["generated_metric"].startswith("not checked: the model takes")
+    assert "were not checked: the model takes" in (tmp_path / "large" / "README.md").read_text()
+
+
+def test_validation_files_that_are_not_those_of_training_are_not_measured(
+    trained_run: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(trained_run[0], tmp_path / "adapter"))
+    content = json.loads((adapter / "qlora_kit.json").read_text())
+    for row in content["data"]:
+        row["sha256"] = "0" * 64
+    (adapter / "qlora_kit.json").write_text(json.dumps(content))
+    result = merge_adapter(adapter, tmp_path / "out")
+    assert result.verification is not None
+    assert "validation.jsonl is not the one of training" in str(result.verification.on_rows)
+    assert "validation.jsonl is not the one of training" in result.verification.answers.reason
+    assert result.choice is not None
+    assert "validation.jsonl is not the one of training" in result.choice.reason
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_products_on_each_device_are_verified_on_the_cpu(
+    device: str, trained_run: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    """The check of the tensors stays on the CPU, so that it is independent of the device's products."""
+    result = merge_adapter(trained_run[0], tmp_path / "out", device=device)
+    assert result.verification is not None
+    assert result.verification.passed
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["device"] == device

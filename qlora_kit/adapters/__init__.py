@@ -2,7 +2,15 @@
 
 from qlora_kit.adapters.base_fit import pair_faults, require_shareable, token_row_faults
 from qlora_kit.adapters.card import AdapterCard, AdapterDetails, no_base_given
-from qlora_kit.adapters.contract import AdapterContract, BaseFacts, BaseIdentity, ContinuedFrom, DataFile
+from qlora_kit.adapters.contract import (
+    AdapterContract,
+    BaseFacts,
+    BaseIdentity,
+    CombinedFrom,
+    CombinedPart,
+    ContinuedFrom,
+    DataFile,
+)
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint
 from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder
@@ -19,6 +27,8 @@ __all__ = [
     "AdapterStore",
     "BaseFacts",
     "BaseIdentity",
+    "CombinedFrom",
+    "CombinedPart",
     "ContinuedFrom",
     "DataFile",
     "LoraPair",

@@ -57,6 +57,32 @@ class ContinuedFrom:
 
 
 @dataclass(frozen=True)
+class CombinedPart:
+    """One adapter of a combination: its name, the SHA-256 of its weights' file, and its weight."""
+
+    name: str
+    sha256: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class CombinedFrom:
+    """How an adapter was combined from others.
+
+    Attributes:
+        method: PEFT's ``combination_type``.
+        parts: What it was made of.
+        density: Share of the values that ``ties`` and ``dare_ties`` keep; None for the others.
+        seed: Of the values that ``dare_ties`` drops; None for the others.
+    """
+
+    method: str
+    parts: tuple[CombinedPart, ...]
+    density: float | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
 class BaseFacts:
     """What was measured of the base at hand; None (and a key left out) means not measured, and is not compared.
 
@@ -100,10 +126,12 @@ class AdapterContract:
         created: When, as ISO 8601.
         kit_version: Of qlora_kit.
         name: Its name in a store, if it has one.
-        origin: ``trained`` by this kit, or ``adopted``: trained elsewhere, the contract written afterwards.
+        origin: ``trained`` by this kit; ``adopted``: trained elsewhere, the contract written afterwards; or
+            ``combined`` from others.
         not_measured: Keys of an adopted contract (``quantization.bnb_4bit_quant_type`` for one key inside another) that
             are its adopter's word, taken by default, or not known at all.
         continued_from: The adapter whose weights training began with; None for a new adapter.
+        combined_from: The adapters that it was combined from; None for any other origin.
     """
 
     base: BaseIdentity
@@ -124,6 +152,7 @@ class AdapterContract:
     origin: str = TRAINED
     not_measured: tuple[str, ...] = ()
     continued_from: ContinuedFrom | None = None
+    combined_from: CombinedFrom | None = None
 
     @classmethod
     def load(cls, path: Path) -> AdapterContract:
@@ -146,6 +175,14 @@ class AdapterContract:
             values["continued_from"] = ContinuedFrom(
                 **{item.name: earlier[item.name] for item in fields(ContinuedFrom)}
             )
+        combined = content.get("combined_from")
+        if combined is not None:
+            parts = tuple(
+                CombinedPart(**{item.name: part[item.name] for item in fields(CombinedPart)})
+                for part in combined["parts"]
+            )
+            density, seed = combined.get("density"), combined.get("seed")
+            values["combined_from"] = CombinedFrom(combined["method"], parts, density, seed)
         return cls(**values)
 
     def save(self, path: Path) -> Path:

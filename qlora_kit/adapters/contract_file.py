@@ -17,7 +17,7 @@ FORMAT_VERSION = 2
 MAX_CONTRACT_BYTES = 16_000_000
 MAX_FAULTS = 20
 NF4_CODES = "nf4_codes"
-TRAINED, ADOPTED = ORIGINS = ("trained", "adopted")
+TRAINED, ADOPTED, COMBINED = ORIGINS = ("trained", "adopted", "combined")
 _FIX = "train the adapter again, or restore the file from where the adapter was published"
 
 
@@ -149,6 +149,17 @@ def _is_earlier_adapter(value: Any) -> bool:
     return isinstance(value, dict) and all(_is_filled_text(value.get(key)) for key in ("name", "sha256"))
 
 
+def _is_combination(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, dict) or not _is_filled_text(value.get("method")):
+        return False
+    parts = value.get("parts")
+    return isinstance(parts, list) and all(
+        _is_earlier_adapter(part) and part is not None and type(part.get("weight")) in (int, float) for part in parts
+    )
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
@@ -177,7 +188,7 @@ def _is_time(value: Any) -> bool:
     return True
 
 
-_OPTIONAL = ("name", "continued_from")
+_OPTIONAL = ("name", "continued_from", "combined_from")
 _Kind = tuple[str, Callable[[Any], bool]]
 _BASE_KEYS: dict[str, _Kind] = {
     "id": ("a text", _is_filled_text),
@@ -209,4 +220,5 @@ _KINDS: dict[str, _Kind] = {
     "origin": (f"one of {', '.join(ORIGINS)}", _is_origin),
     "not_measured": ("a list of texts", _is_texts),
     "continued_from": ("null, or an object with name and sha256", _is_earlier_adapter),
+    "combined_from": ("null, or an object with method and parts (name, sha256, weight)", _is_combination),
 }

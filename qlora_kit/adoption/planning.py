@@ -19,7 +19,7 @@ from qlora_kit.adapters import (
     require_shareable,
 )
 from qlora_kit.adapters.card import RUN_CONFIG_FILE
-from qlora_kit.adapters.contract_file import TRAINED
+from qlora_kit.adapters.contract_file import ADOPTED, COMBINED, TRAINED
 from qlora_kit.adapters.store import NAME_PATTERN
 from qlora_kit.base_files import BaseRef, read_model_config, resolve_base, resolve_description
 from qlora_kit.base_layout import read_layout
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.encoding import Encoded
 
 TrainedIn = Literal["4bit", "16bit"]
+_WRITERS = {TRAINED: "training", COMBINED: "combination"}
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,10 @@ def plan_adoption(
 def _refuse_contract(files: AdapterFiles, *, replace: bool) -> None:
     if files.contract is None:
         return
-    if AdapterContract.load(files.contract).origin == TRAINED:
+    origin = AdapterContract.load(files.contract).origin
+    if origin != ADOPTED:
         raise AdapterError(
-            f"{files.folder}: the adapter has a contract, which its training wrote",
+            f"{files.folder}: the adapter has a contract, which its {_WRITERS[origin]} wrote",
             expected="an adapter without contract",
             fix="use it as it is; `qlora-kit adapters add` publishes it into a store",
         )

@@ -50,10 +50,19 @@ def _contract_rows(contract: AdapterContract) -> dict[str, str]:
         "data": "\n".join(data),
         "measured": "\n".join(f"{key} {_number(value)}" for key, value in contract.metrics.items()),
         "versions": ", ".join(f"{key} {value}" for key, value in contract.versions.items()),
+        "combined from": _parts_text(contract),
         "origin": f"{contract.origin}, contract of {contract.created}, qlora-kit {contract.kit_version}",
         "not measured": ", ".join(contract.not_measured),
     }
     return {label: text for label, text in rows.items() if text}
+
+
+def _parts_text(contract: AdapterContract) -> str:
+    """``cat of sentiment x 0.7, translation x 0.3``; empty for other origins."""
+    combined = contract.combined_from
+    if combined is None:
+        return ""
+    return f"{combined.method} of " + ", ".join(f"{part.name} x {part.weight:g}" for part in combined.parts)
 
 
 def short_hash(text: str) -> str:

@@ -17,7 +17,9 @@ from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_c
 if TYPE_CHECKING:
     from qlora_kit.adapters import AdapterCard, AdapterStore
 
-app = typer.Typer(help="List, show, add, adopt, rename and delete the adapters of a store.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, show, add, adopt, combine, rename and delete the adapters of a store.", no_args_is_help=True
+)
 StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder.")]
 
 

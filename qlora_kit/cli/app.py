@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from qlora_kit.cli import (
     adapters,
     adoption,
+    combining,
     data,
     doctor,
     evaluation,
@@ -59,6 +60,7 @@ app.command(name="eval")(evaluation.evaluate)
 app.command(name="generate")(generation.generate)
 app.command(name="merge")(merging.merge)
 adapters.app.command(name="adopt")(adoption.adopt_adapter)
+adapters.app.command(name="combine")(combining.combine_adapters)
 app.add_typer(adapters.app, name="adapters")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,7 +45,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def counting(description: str, *, unit: str = "") -> Iterator[Progress]:
+def counting(description: str) -> Iterator[Progress]:
     """A progress bar on stderr with one task, number 0: ``progress.update(0, completed=..., total=...)``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,10 +53,35 @@ def counting(description: str, *, unit: str = "") -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=stderr_console(), transient=False) as progress:
         progress.add_task(description, total=None, note="")
         yield progress
+
+
+@contextmanager
+def counting_bytes(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with the bytes done and in all; with its first call a bar with size and time left appears."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=stderr_console(), transient=False)
+    task = progress.add_task(description, total=None)
+
+    def show(done_bytes: int, total_bytes: int) -> None:
+        if not progress.live.is_started:
+            progress.start()
+        progress.update(task, completed=done_bytes, total=total_bytes)
+
+    try:
+        yield show
+    finally:
+        if progress.live.is_started:  # one that never was would print an empty line
+            progress.stop()

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from qlora_kit.errors import ConfigError
 from qlora_kit.suggest import nearest
+from qlora_kit.units import parse_size
 
 GIB = 2**30
-_UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(gib|gb|mib|mb)", re.IGNORECASE)
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits")
 SMI_SECONDS = 10
 _NO_NAMES = {"nvidia", "geforce", "tesla", "generation", ""}
@@ -96,9 +95,9 @@ def find_card(text: str) -> Card:
     Raises:
         ConfigError: Neither.
     """
-    size = _SIZE.fullmatch(text.strip())
-    if size is not None and float(size[1]) > 0:
-        return Card(text.strip(), int(float(size[1]) * _UNITS[size[2].lower()]))
+    size_bytes = parse_size(text)
+    if size_bytes is not None:
+        return Card(text.strip(), size_bytes)
     card = known_card(text)
     if card is not None:
         return card

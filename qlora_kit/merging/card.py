@@ -1,4 +1,4 @@
-"""The model card of a merge: its result and plan in, the text of ``README.md`` out."""
+"""The model card of a merge or of a trained base: its result and plan in, the text of ``README.md`` out."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from pathlib import Path
 
 from qlora_kit.base_files import HUB_ID
 from qlora_kit.merging.planning import MergePlan
-from qlora_kit.merging.results import MergeResult
+from qlora_kit.merging.results import MergeResult, MetricCheck, RowsCheck, Verification
 
 _ONTO = {
     "dequantized": "the base's weights as the 4-bit layers computed with them in training",
     "original": "the base's own unquantized weights",
 }
-
-
 _CODES = (
     "The adapter was trained on a 4-bit checkpoint; this base quantizes to the 4-bit codes that its contract samples. "
 )
@@ -25,14 +23,29 @@ def model_card(result: MergeResult, plan: MergePlan) -> str:
     base_line = f"base_model: {result.base}\n" if on_hub else ""
     base = result.base if on_hub else Path(result.base).name
     revision = "" if result.revision is None else f" (revision {result.revision})"
+    head = f"---\n{base_line}library_name: transformers\npipeline_tag: text-generation\n---\n"
+    measured = _measured(result)
+    if plan.adapter is None:
+        return (
+            f"{head}# {base} as adapters were trained on it\n\n{_trained_base(plan, base + revision)}\n\n{measured}\n"
+        )
     return (
-        f"---\n{base_line}library_name: transformers\npipeline_tag: text-generation\n---\n"
-        f"# {result.adapter} merged into {base}\n\n"
+        f"{head}# {result.adapter} merged into {base}\n\n"
         f"The adapter `{result.adapter}`{_task(plan)} merged by qlora-kit into {base}{revision}, onto "
         f"{_ONTO[result.onto]}: W + scaling · B·A in fp32, rounded once. "
         f"{_CODES if result.base_match == 'nf4_codes' else ''}"
         "Load it with `AutoModelForCausalLM.from_pretrained`; do not quantize it "
-        f"to 4 bits again without measuring what that costs.{_prompt(plan)}\n\n{_measured(result)}\n"
+        f"to 4 bits again without measuring what that costs.{_prompt(plan)}\n\n{measured}\n"
+    )
+
+
+def _trained_base(plan: MergePlan, base: str) -> str:
+    kind = plan.quantization.bnb_4bit_quant_type.upper()
+    double = " with double quantization" if plan.quantization.bnb_4bit_use_double_quant else ""
+    return (
+        f"The base {base}, written by qlora-kit: each linear weight is what a 4-bit layer ({kind}{double}) computes "
+        "with, rounded once to 16 bits; everything else is the base's own. Servers that load 16-bit weights serve "
+        "adapters on it that were trained on that base in 4 bits. It is no base to train on or to merge onto."
     )
 
 
@@ -65,17 +78,45 @@ def _measured(result: MergeResult) -> str:
     found = result.verification
     if found is None:
         return "The written files were not verified."
-    text = _chosen(result) + (
-        f"Verified from the written files against base + adapter, unmerged, in fp32, over {found.logits.positions} "
-        f"positions: logits differ by {found.logits.max_abs:.2g} at most and {found.logits.mean_abs:.2g} in the mean "
-        f"(one rounding alone: {found.noise.max_abs:.2g} and {found.noise.mean_abs:.2g}; what the adapter does: "
-        f"{found.effect.max_abs:.2g} and {found.effect.mean_abs:.2g}), the likeliest token is the "
-        f"same at {found.logits.top1_agreement:.1%}."
+    text = f"{_chosen(result)}{_logits(result, found)}{_drift(found)}"
+    if result.adapter is not None:
+        text += f"{_rows(found.on_rows)}{_answers(found.answers)}"
+    return f"{text} `merge_report.json` holds every number."
+
+
+def _logits(result: MergeResult, found: Verification) -> str:
+    reference, effect = "base + adapter, unmerged,", "the adapter does"
+    if result.adapter is None:
+        reference, effect = "the base in 4 bits", "4 bits do to the base"
+    does = (
+        "" if found.effect is None else f"; what {effect}: {found.effect.max_abs:.2g} and {found.effect.mean_abs:.2g}"
     )
-    if found.drift is not None and found.drift != found.logits:
-        text += (
-            f" Against the 4-bit base it was trained on, logits differ by {found.drift.max_abs:.2g} at most and "
-            f"{found.drift.mean_abs:.2g} in the mean, the likeliest token is the same at "
-            f"{found.drift.top1_agreement:.1%}."
-        )
-    return text + " `merge_report.json` holds every number."
+    return (
+        f"Verified from the written files against {reference} in fp32, over {found.logits.positions} "
+        f"positions: logits differ by {found.logits.max_abs:.2g} at most and {found.logits.mean_abs:.2g} in the mean "
+        f"(one rounding alone: {found.noise.max_abs:.2g} and {found.noise.mean_abs:.2g}{does}), the likeliest token is "
+        f"the same at {found.logits.top1_agreement:.1%}."
+    )
+
+
+def _drift(found: Verification) -> str:
+    if found.drift is None or found.drift == found.logits:
+        return ""
+    return (
+        f" Against the 4-bit base it was trained on, logits differ by {found.drift.max_abs:.2g} at most and "
+        f"{found.drift.mean_abs:.2g} in the mean, the likeliest token is the same at {found.drift.top1_agreement:.1%}."
+    )
+
+
+def _rows(found: RowsCheck | str) -> str:
+    if isinstance(found, str):
+        return f" On validation rows nothing was measured: {found}."
+    text = f" On {found.rows} validation rows the loss is {found.loss:.4f} nats a token"
+    return f"{text}." if found.trained_loss is None else f"{text}, unmerged and as trained {found.trained_loss:.4f}."
+
+
+def _answers(found: MetricCheck) -> str:
+    if found.reason:
+        return f" Generated answers were not checked: {found.reason}."
+    same = "" if found.same_answers is None else f"; {found.same_answers:.1%} of the answers are the same text"
+    return f" {found.metric} of {found.rows} generated answers: {found.merged:.4g}, unmerged {found.live:.4g}{same}."

@@ -57,8 +57,9 @@ def layerwise_logits(
     *,
     changes: Mapping[str, Any] | None = None,
     adjust: Adjust | None = None,
+    device: str = "cpu",
 ) -> list[torch.Tensor]:
-    """The logits of a causal language model in fp32 on the CPU, as transformers computes them, layer by layer.
+    """The logits of a causal language model in fp32, as transformers computes them, layer by layer.
 
     All sequences go through a layer before the next one's weights are read. Of the embedding only the rows of the
     tokens are read, and the head is multiplied with a block of its rows at a time.
@@ -69,9 +70,10 @@ def layerwise_logits(
         sequences: What to compute logits for.
         changes: Keys of the configuration that are not as in the file.
         adjust: Changes rows before they are computed with.
+        device: Where it is computed.
 
     Returns:
-        For each sequence (kept positions, vocabulary).
+        For each sequence (kept positions, vocabulary), on the CPU.
 
     Raises:
         BaseModelError: The configuration cannot be used, or tensors are missing or have other shapes.
@@ -80,14 +82,15 @@ def layerwise_logits(
 
     model = _empty_model(folder, changes or {})
     names = _Names(weights, dict(model.all_tied_weights_keys), folder)
-    selected = _stream_weights(model, names, adjust)
+    selected = _stream_weights(model, names, adjust, device)
     longest = max(len(ids) for ids in sequences.ids)
     ids = torch.tensor([[*row, *([0] * (longest - len(row)))] for row in sequences.ids])  # (B, T)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sequences.ids])
     for index, (row, kept) in enumerate(zip(sequences.ids, sequences.kept, strict=True)):
         selected += [(index, position) for position in range(len(row) - kept, len(row))]
     with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]  # (S, V)
+        found = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+    logits: torch.Tensor = found.logits[0].cpu()  # (S, V)
     return list(logits.split(list(sequences.kept)))
 
 
@@ -137,7 +140,7 @@ def _empty_model(folder: Path, changes: Mapping[str, Any]) -> PreTrainedModel:
     return model.eval()
 
 
-def _stream_weights(model: PreTrainedModel, names: _Names, adjust: Adjust | None) -> list[tuple[int, int]]:
+def _stream_weights(model: PreTrainedModel, names: _Names, adjust: Adjust | None, device: str) -> list[tuple[int, int]]:
     """Make each module read its weights when it is called; returns the list of positions that the head will take."""
     import torch
 
@@ -149,6 +152,8 @@ def _stream_weights(model: PreTrainedModel, names: _Names, adjust: Adjust | None
             f"{names.folder}: the model has no head", expected="a causal language model", fix="choose another base"
         )
     for name, module in modules.items():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, key, buffer.to(device))
         own = {key: parameter.shape for key, parameter in module.named_parameters(recurse=False)}
         if not own or module is head:
             continue
@@ -156,7 +161,7 @@ def _stream_weights(model: PreTrainedModel, names: _Names, adjust: Adjust | None
         if isinstance(module, torch.nn.Embedding):
             module.register_forward_pre_hook(partial(_look_up, names.weights, tensors["weight"], adjust))
         else:
-            module.register_forward_pre_hook(partial(_fill, names.weights, tensors, adjust))
+            module.register_forward_pre_hook(partial(_fill, names.weights, tensors, adjust, device))
         module.register_forward_hook(_empty)
     weight = names.tensor_of(f"{head_name}.weight", head.weight.shape)
     bias = None if head.bias is None else names.tensor_of(f"{head_name}.bias", head.bias.shape)
@@ -187,10 +192,15 @@ def _parameter(values: torch.Tensor) -> torch.nn.Parameter:
 
 
 def _fill(
-    weights: Weights, tensors: Mapping[str, str], adjust: Adjust | None, module: torch.nn.Module, inputs: Any
+    weights: Weights,
+    tensors: Mapping[str, str],
+    adjust: Adjust | None,
+    device: str,
+    module: torch.nn.Module,
+    inputs: Any,
 ) -> None:
     for key, name in tensors.items():
-        setattr(module, key, _parameter(_whole(weights, name, adjust)))
+        setattr(module, key, _parameter(_whole(weights, name, adjust).to(device)))
 
 
 def _look_up(
@@ -201,7 +211,8 @@ def _look_up(
 
     used, places = torch.unique(inputs[0], return_inverse=True)
     rows = weights.rows(name, used.tolist())
-    module.weight = _parameter(rows if adjust is None else adjust(name, used.tolist(), rows))
+    rows = rows if adjust is None else adjust(name, used.tolist(), rows)
+    module.weight = _parameter(rows.to(inputs[0].device))
     module.padding_idx = None  # it is a number of the whole embedding, and matters to gradients alone
     return (places, *inputs[1:])
 
@@ -221,12 +232,12 @@ def _streamed_head(
 
         def forward(self, hidden: torch.Tensor) -> torch.Tensor:
             chosen = hidden[[row for row, _ in selected], [place for _, place in selected]]  # (S, H)
-            logits = torch.empty(len(selected), weights.spec(weight).shape[0])
+            logits = torch.empty(len(selected), weights.spec(weight).shape[0], device=hidden.device)
             for rows in weights.blocks(weight):
-                part = _adjusted(weight, rows, adjust)
+                part = _adjusted(weight, rows, adjust).to(hidden.device)
                 torch.mm(chosen, part.T, out=logits[:, rows.start : rows.start + len(part)])
             if bias is not None:
-                logits += _whole(weights, bias, adjust)
+                logits += _whole(weights, bias, adjust).to(hidden.device)
             return logits[None]
 
     return StreamedHead()

@@ -36,6 +36,20 @@ def parse_onto(text: str) -> Onto:
     raise ConfigError(f"--onto is {text!r}", expected=f"one of {', '.join(_CHOICES)}", fix=f"give {_CHOICES[-1]}")
 
 
+def parse_onto_of_base(text: str) -> None:
+    """Refuse to write a trained base of anything but the weights of training.
+
+    Raises:
+        ConfigError: Of ``original`` weights, with the reason, or of none of the choices.
+    """
+    if parse_onto(text) == "original":
+        raise ConfigError(
+            "--base-only --onto original: the original weights are the base itself, and nothing would change",
+            expected="--onto dequantized, or nothing: what the 4-bit layers compute with",
+            fix="use the base as it is, or leave --onto out",
+        )
+
+
 def choose_onto(
     files: AdapterFiles, contract: AdapterContract | None, onto: Onto
 ) -> tuple[Chosen, QuantizationSection]:

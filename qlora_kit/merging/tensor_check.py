@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +88,9 @@ def check_tensors(plan: MergePlan, folder: Path) -> TensorCheck:
     with (
         TensorSource(plan.base.path) as source,
         TensorSource(folder) as written,
-        safe_open(plan.adapter.weights, framework="pt", device="cpu") as adapter,
+        nullcontext()
+        if plan.adapter is None
+        else safe_open(plan.files.weights, framework="pt", device="cpu") as adapter,
     ):
         violations += [f"{name}: is in one of base and output only" for name in plan.specs.keys() ^ set(written.names)]
         for name, spec in plan.specs.items():
@@ -151,7 +154,7 @@ def _different(found: torch.Tensor, expected: torch.Tensor) -> int:
 
 def _with_rows(plan: MergePlan, name: str, block: torch.Tensor, start: int, adapter: Any) -> torch.Tensor:
     rows = plan.token_rows[name]
-    values = adapter.get_tensor(plan.adapter.token_tensor(rows.module)).float().to(block.dtype)
+    values = adapter.get_tensor(plan.files.token_tensor(rows.module)).float().to(block.dtype)
     for place, row in enumerate(rows.ids):
         if 0 <= row - start < block.shape[0]:
             block[row - start] = values[place]
@@ -162,10 +165,10 @@ def _merged_check(plan: MergePlan, name: str, adapter: Any) -> Any:
     """Counts the numbers of a block (found, before, its first row) that are not before + Δ within the bound."""
     module = name.removesuffix(".weight")
     a, b = (adapter.get_tensor(f"base_model.model.{module}.lora_{letter}.weight").float() for letter in "AB")
-    scaling = plan.adapter.config.scaling_of(module)
+    scaling = plan.files.config.scaling_of(module)
     magnitude = None
-    if plan.adapter.config.use_dora:
-        magnitude = adapter.get_tensor(plan.adapter.magnitude_tensor(module)).double()
+    if plan.files.config.use_dora:
+        magnitude = adapter.get_tensor(plan.files.magnitude_tensor(module)).double()
     dtype = torch_dtype(plan.specs[name].dtype)
 
     def wrong(found: torch.Tensor, before: torch.Tensor, start: int) -> int:

@@ -27,7 +27,10 @@ BLOCK_NUMBERS = 1 << 20
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """One adapted layer: a (r, in_features), b (out_features, r), the factor before B·A; DoRA's magnitude (out,)."""
+    """One adapted layer: a (r, in_features), b (out_features, r), the factor before B·A; DoRA's magnitude (out,).
+
+    All on the device where products are computed.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -35,7 +38,7 @@ class LoraFactors:
     magnitude: torch.Tensor | None
 
     def added_to(self, weight: torch.Tensor, start: int) -> torch.Tensor:
-        """Rows ``start`` on of the adapted weight: W + Δ, and for DoRA each row scaled to its magnitude; fp32.
+        """Rows ``start`` on of the adapted weight: W + Δ, and for DoRA each row scaled to its magnitude; fp32, CPU.
 
         Args:
             weight: These rows before the adapter: (n, in_features).
@@ -44,12 +47,13 @@ class LoraFactors:
         import torch
 
         stop = start + weight.shape[0]
-        total = lora_delta(self.a, self.b[start:stop], self.scaling).add_(weight)  # (n, in_features)
+        delta = lora_delta(self.a, self.b[start:stop], self.scaling)  # (n, in_features)
+        total = delta.add_(weight.to(delta.device))
         if self.magnitude is None:
-            return total
+            return total.cpu()
         # Liu et al. 2024, https://arxiv.org/abs/2402.09353, in PEFT's order.
         factor = self.magnitude[start:stop] / torch.linalg.norm(total, dim=1)
-        return total.mul_(factor.view(-1, 1))
+        return total.mul_(factor.view(-1, 1)).cpu()
 
 
 @dataclass(frozen=True)
@@ -87,11 +91,12 @@ class MergeTensors:
     def __init__(self, plan: MergePlan, *, four_bit: bool, with_adapter: bool = True) -> None:
         self.plan = plan
         self.four_bit = four_bit
-        self.with_adapter = with_adapter
+        self.with_adapter = with_adapter and plan.adapter is not None
         self._exit = ExitStack()
         self._source = self._exit.enter_context(TensorSource(plan.base.path))
-        self._adapter = AdapterTensors(plan)
-        self._exit.callback(self._adapter.close)
+        if self.with_adapter:
+            self._adapter = AdapterTensors(plan)
+            self._exit.callback(self._adapter.close)
         self._held: tuple[str, Any] = ("", None)  # what the tensor at hand needs as a whole
         self._table: CodeTable | None = None
 
@@ -209,7 +214,7 @@ class MergeTensors:
         inside = [(place, row - start) for place, row in enumerate(rows.ids) if 0 <= row - start < used.shape[0]]
         if not inside:
             return used
-        values = self._adapter.whole(self.plan.adapter.token_tensor(rows.module))
+        values = self._adapter.whole(self.plan.files.token_tensor(rows.module))
         chosen = values[[place for place, _ in inside]].to(used.dtype)
         self._require_finite_rows(name, chosen)
         merged = used.clone()
@@ -245,7 +250,7 @@ class AdapterTensors:
 
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
-        self._file = FileIO(plan.adapter.weights)
+        self._file = FileIO(plan.files.weights)
         self._pair: tuple[str, LoraFactors | None] = ("", None)
 
     def close(self) -> None:
@@ -255,9 +260,11 @@ class AdapterTensors:
     def factors(self, module: str) -> LoraFactors:
         """The pair of ``module``."""
         if self._pair[0] != module or self._pair[1] is None:
-            files = self._plan.adapter
-            a, b = (self.whole(f"base_model.model.{module}.lora_{letter}.weight") for letter in "AB")
+            files = self._plan.files
+            names = [f"base_model.model.{module}.lora_{letter}.weight" for letter in "AB"]
+            a, b = (self.whole(name).to(self._plan.device) for name in names)
             magnitude = self.whole(files.magnitude_tensor(module)) if files.config.use_dora else None
+            magnitude = None if magnitude is None else magnitude.to(self._plan.device)
             self._pair = (module, LoraFactors(a, b, files.config.scaling_of(module), magnitude))
         found = self._pair[1]
         if found is None:
@@ -266,12 +273,12 @@ class AdapterTensors:
 
     def whole(self, name: str) -> torch.Tensor:
         """The whole tensor ``name``."""
-        info = self._plan.adapter.tensors[name]
+        info = self._plan.files.tensors[name]
         return read_numbers(self._file, info, 0, prod(info.shape)).float().view(info.shape)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows ``start`` to ``stop`` of the tensor ``name``."""
-        info = self._plan.adapter.tensors[name]
+        info = self._plan.files.tensors[name]
         width = prod(info.shape[1:])
         return read_numbers(self._file, info, start * width, stop * width).float().view(stop - start, *info.shape[1:])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from qlora_kit.merging.arithmetic import half_ulp
 from qlora_kit.merging.layerwise import Adjust, Sequences, layerwise_logits
 from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.probes import compare_logits, probe_prompts
-from qlora_kit.merging.results import LogitDifference, TensorCheck, Verification
+from qlora_kit.merging.results import LogitDifference, MetricCheck, RowsCheck, TensorCheck, Verification
+from qlora_kit.merging.rows import ValidationRows, rows_loss
 from qlora_kit.merging.tensor_check import WrittenTensors, check_tensors
 from qlora_kit.merging.tensors import MergeTensors
 from qlora_kit.merging.writing import changes_nothing
@@ -24,17 +26,19 @@ from qlora_kit.models import load_tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from qlora_kit.data.encoding import Encoded
+
 MAX_SHOWN = 10
 # The noise is one draw of rounding errors, the merge another: maxima of two draws differ more than their means.
 MAX_FACTOR = 3.0
 MEAN_FACTOR = 2.0
 ARITHMETIC_FLOOR = 2.0**-20  # of the largest logit: fp32 sums in another order
-LOGITS_BYTES = 128 * 2**20
+LOGITS_BYTES = 64 * 2**20
 _NOISE_SEED = 0
 _FIX = "merge again; if it fails again, the disk, the memory or a library version is at fault: nothing was kept"
 
 
-def verify_merge(plan: MergePlan, folder: Path) -> Verification:
+def verify_merge(plan: MergePlan, folder: Path, rows: ValidationRows | str) -> Verification:
     """Measure the checkpoint in ``folder`` against the base it was merged onto + the adapter.
 
     The gate, both parts of it:
@@ -51,6 +55,8 @@ def verify_merge(plan: MergePlan, folder: Path) -> Verification:
       makes are allowed, plus 2^-20 of the largest logit for fp32 sums in another order. The written tokenizer must
       give the same prompts.
 
+    On validation rows, where there are any, the same limits hold at the positions that predict their answers.
+
     Models are computed a layer at a time. Where the vocabulary is so large that the logits of all positions take more
     than ``LOGITS_BYTES``, only the last positions of each conversation are compared; their number is reported.
 
@@ -60,6 +66,7 @@ def verify_merge(plan: MergePlan, folder: Path) -> Verification:
     Args:
         plan: The merge.
         folder: The written checkpoint.
+        rows: The adapter's validation rows, or why there are none.
 
     Returns:
         What was measured; ``passed`` says whether the gate holds.
@@ -72,36 +79,92 @@ def verify_merge(plan: MergePlan, folder: Path) -> Verification:
         tensors = check_tensors(plan, folder)
     _require_right(tensors)
     prompts = probe_prompts(load_tokenizer(plan.base), _system_prompt(plan))
-    sequences = _within_memory(prompts, max(spec.shape[0] for spec in plan.specs.values() if spec.shape))
-    four_bit = plan.onto == "dequantized"
-    expected = _planned_logits(plan, sequences, four_bit=four_bit)
-    with MergeTensors(plan, four_bit=four_bit, with_adapter=False) as base:
-        bare = layerwise_logits(plan.base.path, base, sequences)
-    columns = bare[0].shape[-1]  # a resized vocabulary has others
-    effect = compare_logits([logits[:, :columns] for logits in expected], bare)
-    floor = ARITHMETIC_FLOOR * max(float(values.abs().max()) for values in expected)
-    if effect.max_abs <= floor:
-        raise changes_nothing(plan, f"no logit of the probe conversations moves by more than {floor:.1g}")
-    del bare
+    probes = _within_memory(prompts, max(spec.shape[0] for spec in plan.specs.values() if spec.shape))
+    encoded = () if isinstance(rows, str) else rows.encoded
+    sequences = Sequences(
+        [*probes.ids, *(row.input_ids[:-1] for row in encoded)],
+        [*probes.kept, *(row.supervised_tokens for row in encoded)],
+    )
+    expected = _Logits.of(_planned_logits(plan, sequences, four_bit=plan.onto == "dequantized"), prompts)
+    floor = ARITHMETIC_FLOOR * max(float(values.abs().max()) for values in (*expected.probes, *expected.rows))
+    effect = _effect(plan, probes, expected, floor)
     with _damaged_output(folder):
         same_prompts = _same_prompts(plan, folder, prompts)
         with WrittenTensors(folder) as weights:
-            written = layerwise_logits(folder, weights, sequences)
-            logits = compare_logits(expected, written)
-            del expected
-            noise = compare_logits(written, layerwise_logits(folder, weights, sequences, adjust=_shifts(plan)))
-    max_limit = MAX_FACTOR * noise.max_abs + floor
-    mean_limit = MEAN_FACTOR * noise.mean_abs + floor
-    within = isfinite(logits.max_abs) and logits.max_abs <= max_limit and logits.mean_abs <= mean_limit
+            written = _Logits.of(layerwise_logits(folder, weights, sequences, device=plan.device), prompts)
+            again = layerwise_logits(folder, weights, sequences, adjust=_shifts(plan), device=plan.device)
+            shifted = _Logits.of(again, prompts)
+    trained = _trained_logits(plan, sequences, expected, prompts)
+    logits, noise = compare_logits(expected.probes, written.probes), compare_logits(written.probes, shifted.probes)
+    on_rows = rows if isinstance(rows, str) else _on_rows(rows.encoded, expected, written, shifted, trained)
+    passed = same_prompts and _within(logits, noise, floor)
+    if not isinstance(on_rows, str):
+        passed = passed and _within(on_rows.logits, on_rows.noise, floor)
     return Verification(
-        passed=within and same_prompts,
+        passed=passed,
         tensors=tensors,
         logits=logits,
         noise=noise,
         effect=effect,
-        max_limit=max_limit,
-        mean_limit=mean_limit,
-        drift=_drift(plan, sequences, logits, written),
+        max_limit=_limits(noise, floor)[0],
+        mean_limit=_limits(noise, floor)[1],
+        drift=None if trained is None else compare_logits(trained.probes, written.probes),
+        on_rows=on_rows,
+        answers=MetricCheck("nothing was generated"),
+    )
+
+
+@dataclass(frozen=True)
+class _Logits:
+    """One model's logits: of the probe conversations, and of the validation rows."""
+
+    probes: list[torch.Tensor]
+    rows: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, logits: list[torch.Tensor], prompts: Sequence[Sequence[int]]) -> _Logits:
+        return cls(logits[: len(prompts)], logits[len(prompts) :])
+
+
+def _limits(noise: LogitDifference, floor: float) -> tuple[float, float]:
+    """What the largest and the mean difference may be."""
+    return MAX_FACTOR * noise.max_abs + floor, MEAN_FACTOR * noise.mean_abs + floor
+
+
+def _within(logits: LogitDifference, noise: LogitDifference, floor: float) -> bool:
+    max_limit, mean_limit = _limits(noise, floor)
+    return isfinite(logits.max_abs) and logits.max_abs <= max_limit and logits.mean_abs <= mean_limit
+
+
+def _effect(plan: MergePlan, probes: Sequences, expected: _Logits, floor: float) -> LogitDifference | None:
+    """What the adapter does to the logits; of a trained base, what its 4 bits do to them.
+
+    Raises:
+        AdapterError: Nothing.
+    """
+    if plan.adapter is None and plan.packed:
+        return None
+    four_bit = plan.adapter is not None and plan.onto == "dequantized"
+    with MergeTensors(plan, four_bit=four_bit, with_adapter=False) as base:
+        bare = layerwise_logits(plan.base.path, base, probes, device=plan.device)
+    columns = bare[0].shape[-1]  # a resized vocabulary has others
+    effect = compare_logits([logits[:, :columns] for logits in expected.probes], bare)
+    if plan.adapter is not None and effect.max_abs <= floor:
+        raise changes_nothing(plan, f"no logit of the probe conversations moves by more than {floor:.1g}")
+    return effect
+
+
+def _on_rows(
+    rows: Sequence[Encoded], expected: _Logits, written: _Logits, shifted: _Logits, trained: _Logits | None
+) -> RowsCheck:
+    return RowsCheck(
+        rows=len(rows),
+        logits=compare_logits(expected.rows, written.rows),
+        noise=compare_logits(written.rows, shifted.rows),
+        drift=None if trained is None else compare_logits(trained.rows, written.rows),
+        loss=rows_loss(rows, written.rows).mean,
+        expected_loss=rows_loss(rows, expected.rows).mean,
+        trained_loss=None if trained is None else rows_loss(rows, trained.rows).mean,
     )
 
 
@@ -115,11 +178,15 @@ def require_passed(verification: Verification, plan: MergePlan) -> None:
         return
     logits = verification.logits
     raise GuardError(
-        f"the written model is not {plan.base.id} + the adapter: logits differ by {logits.max_abs:.3g} at most and "
+        f"the written model is not {_wanted(plan)}: logits differ by {logits.max_abs:.3g} at most and "
         f"{logits.mean_abs:.3g} in the mean, or its tokenizer renders the probes otherwise",
         expected=f"at most {verification.max_limit:.3g} and {verification.mean_limit:.3g}, and equal prompts",
         fix=_FIX,
     )
+
+
+def _wanted(plan: MergePlan) -> str:
+    return f"{plan.base.id} in 4 bits" if plan.adapter is None else f"{plan.base.id} + the adapter"
 
 
 def _require_right(tensors: TensorCheck) -> None:
@@ -149,7 +216,7 @@ def _within_memory(prompts: list[list[int]], vocabulary: int) -> Sequences:
 def _planned_logits(plan: MergePlan, sequences: Sequences, *, four_bit: bool) -> list[torch.Tensor]:
     """Base + adapter, nothing rounded."""
     with MergeTensors(plan, four_bit=four_bit) as tensors:
-        return layerwise_logits(plan.base.path, tensors, sequences, changes=plan.config)
+        return layerwise_logits(plan.base.path, tensors, sequences, changes=plan.config, device=plan.device)
 
 
 def _same_prompts(plan: MergePlan, folder: Path, prompts: list[list[int]]) -> bool:
@@ -189,16 +256,17 @@ def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generat
     return share * torch.maximum(half_ulp(weight, dtype), 2 * half_ulp(weight, torch.float32))
 
 
-def _drift(
-    plan: MergePlan, sequences: Sequences, logits: LogitDifference, written: list[torch.Tensor]
-) -> LogitDifference | None:
+def _trained_logits(
+    plan: MergePlan, sequences: Sequences, expected: _Logits, prompts: Sequence[Sequence[int]]
+) -> _Logits | None:
+    """Of the base as trained + the adapter: what was merged onto, unless that is the original of a 4-bit training."""
     if plan.onto == "dequantized":
-        return logits
+        return expected
     if plan.contract is None:
         return None
     if not plan.quantization.load_in_4bit:
-        return logits
-    return compare_logits(_planned_logits(plan, sequences, four_bit=True), written)
+        return expected
+    return _Logits.of(_planned_logits(plan, sequences, four_bit=True), prompts)
 
 
 def _system_prompt(plan: MergePlan) -> str | None:

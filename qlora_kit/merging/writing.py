@@ -53,8 +53,10 @@ def require_effect(plan: MergePlan) -> None:
     Raises:
         AdapterError: One factor of each pair is zero, and nothing else is trained.
     """
+    if plan.adapter is None:
+        return
     with closing(AdapterTensors(plan)) as adapter:
-        pairs = (adapter.factors(module) for module in plan.adapter.pairs)
+        pairs = (adapter.factors(module) for module in plan.files.pairs)
         if plan.token_rows or plan.replaced or any(bool(pair.a.any()) and bool(pair.b.any()) for pair in pairs):
             return
     raise changes_nothing(plan, "every B·A is zero")
@@ -94,7 +96,7 @@ def write_weights(
                 done_bytes += written.numel() * written.element_size()
                 if progress is not None:
                     progress(done_bytes, total_bytes)
-    if not changed:
+    if not changed and plan.adapter is not None:
         raise changes_nothing(plan, "every change is smaller than the rounding of the base's dtype")
     return WrittenWeights(total_bytes, adapted, changed)
 
@@ -141,7 +143,7 @@ def copy_small_files(plan: MergePlan, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
     if "vocab_size" in plan.config:  # the new tokens are in the tokenizer that training saved
         for name in _TOKENIZER_FILES:
-            path = plan.adapter.folder / name
+            path = plan.files.folder / name
             if path.is_file():
                 shutil.copyfile(path, folder / name)
     stops = read_stop_facts(plan.base.path, config)
@@ -159,7 +161,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def changes_nothing(plan: MergePlan, reason: str) -> AdapterError:
     """The error for an adapter that is there without any effect."""
     return AdapterError(
-        f"{plan.adapter.weights}: the adapter changes nothing: {reason}",
+        f"{plan.files.weights}: the adapter changes nothing: {reason}",
         expected="a trained adapter",
         fix="check that the training ran (loss fell, learning rate above zero), and merge its best checkpoint",
     )
