@@ -28,9 +28,10 @@ class Fault:
 
 
 class QloraKitError(Exception):
-    """Root of the tree. ``exit_code`` is what the process ends with."""
+    """Root of the tree. ``exit_code`` is what the process ends with; ``told``: another process prints the message."""
 
     exit_code = 2
+    told = False
 
     def __init__(self, what: str, *, expected: str, fix: str) -> None:
         self.faults: tuple[Fault, ...] = (Fault(what, expected, fix),)

@@ -78,6 +78,7 @@ def generate(
     pad_token_id: int,
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> list[Completion]:
     """Decode every prompt; rows of like length share a left-padded batch.
 
@@ -89,6 +90,7 @@ def generate(
         pad_token_id: Fills shorter rows; never attended to.
         batch_size: Rows at once.
         progress: Called with the number of rows done after each batch.
+        interrupt: Called before each batch and after each token; what it raises ends the decoding.
 
     Returns:
         One completion for each prompt, in their order.
@@ -104,12 +106,15 @@ def generate(
     try:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            if interrupt is not None:
+                interrupt()
             answers = _generate_batch(
                 model,
                 [prompts[row] for row in rows],
                 sampling=sampling,
                 stop_token_ids=stop_token_ids,
                 pad_token_id=pad_token_id,
+                interrupt=interrupt,
             )
             completions.update(zip(rows, answers, strict=True))
             if progress is not None:
@@ -126,9 +131,10 @@ def _generate_batch(
     sampling: Sampling,
     stop_token_ids: Sequence[int],
     pad_token_id: int,
+    interrupt: Callable[[], None] | None,
 ) -> list[Completion]:
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]
@@ -137,9 +143,19 @@ def _generate_batch(
     config = GenerationConfig(
         eos_token_id=list(stop_token_ids), pad_token_id=pad_token_id, **sampling.as_generate_arguments()
     )
+
+    def ask(token_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """A stopping criterion that stops no row, called after each token."""
+        if interrupt is not None:
+            interrupt()
+        return torch.zeros(token_ids.shape[0], dtype=torch.bool, device=token_ids.device)
+
     with torch.inference_mode():
         output: torch.Tensor = model.generate(  # (B, longest + new)
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([] if interrupt is None else [ask]),
         )
     return [_completion(row, stop_token_ids) for row in output[:, longest:].tolist()]
 

@@ -14,6 +14,7 @@ from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
 from qlora_kit.errors import BaseModelError, ConfigError, Fault
 from qlora_kit.four_bit import keep_4bit_weights_as_they_are, nf4_code_samples, refuse_wrong_cpu_layers
+from qlora_kit.launched import index_on_this_machine
 from qlora_kit.prequantized import agreed_quantization, described_shapes, read_prequantization
 from qlora_kit.safetensors_header import locate_tensors
 from qlora_kit.suggest import nearest
@@ -64,10 +65,13 @@ def load_tokenizer(ref: BaseRef) -> PreTrainedTokenizerBase:
 
 
 def default_device() -> torch.device:
-    """The first GPU, or the CPU where there is none."""
+    """The first GPU, of several processes on a machine each its own; the CPU where there is none."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = index_on_this_machine()
+    return torch.device("cuda") if local is None else torch.device("cuda", local)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -97,6 +101,7 @@ def load_base_model(
     *,
     device: torch.device | None = None,
     unquantized: Collection[str] = (),
+    shardable: bool = False,
 ) -> PreTrainedModel:
     """The base on ``device``, its linear layers quantized to 4 bits while loading if ``quantization`` says so.
 
@@ -108,11 +113,13 @@ def load_base_model(
         quantization: How to load it.
         device: None for the GPU where there is one.
         unquantized: Linear layers that stay as they are, by full name; none leaves the choice to transformers.
+        shardable: Whether the 4-bit codes lie in the compute dtype, for FSDP, which takes no whole numbers.
 
     Raises:
         BaseModelError: transformers cannot load it, weights are missing (it would make them up), the 4-bit weights of
             its files are not whole, ``quantization`` asks for others, or the CPU would compute wrongly with them.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
@@ -128,6 +135,7 @@ def load_base_model(
             bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype if shardable else torch.uint8,
             llm_int8_skip_modules=sorted(unquantized) or None,
         )
     try:

@@ -146,6 +146,7 @@ def score_task(
     allow_code_execution: bool = False,
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
+    interrupt: Callable[[], None] | None = None,
 ) -> TaskScores:
     """Generate an answer for every row and score it by the task's metrics and by ``stop_rate``.
 
@@ -159,6 +160,7 @@ def score_task(
         allow_code_execution: Whether ``pass@1`` may run what the model writes.
         max_new_tokens: In place of the task's limit, in tokens.
         progress: Called while rows are generated, run and measured; each counts as a step.
+        interrupt: Called before each batch of answers and after each of their tokens; what it raises ends the scoring.
 
     Raises:
         ConfigError: ``pass@1`` without permission, or plain texts and a metric of answers.
@@ -185,6 +187,7 @@ def score_task(
         pad_token_id=_pad_token_id(tokenizer, stop_token_ids),
         batch_size=batch_size,
         progress=steps.at,
+        interrupt=interrupt,
     )
     steps.next_pass(len(examples))
     answers = _Answers(

@@ -138,7 +138,8 @@ qlora-kit plan configs/qwen2.5-7b-24gb.yaml --gpu "RTX 4090"    # or --gpu 24GiB
 
 It says what each part takes, whether it fits, the longest `max_length`, and prints the lines to change. `train` makes
 the same comparison with the memory that is free and the longest row that there is, and refuses what cannot fit.
-`train.memory: auto` changes micro-batch, accumulation and checkpointing instead (the rows of a step stay the same);
+`train.memory: auto` changes micro-batch, accumulation and checkpointing (of all, of some or of no layers) instead; the
+rows of a step stay the same.
 `train.memory: ignore` tries anyway.
 
 ## Peak, in GiB: with checkpointing / without
@@ -168,12 +169,13 @@ Operations over the data sheet's speed, and passes over the weights over its ban
 | embedding, head, norms, biases | 2 a number; a tied head is the embedding |
 | adapter, gradients | 4 a trained number each: the kit's master weights are fp32 |
 | optimizer | 8 a trained number with `adamw_torch`, about 2 with the 8-bit ones; paged state may move to the host |
-| checkpoints | 2 · hidden size · layers a token |
-| activations of a block | 211 kB a token at 7B; without checkpointing, of every block |
+| checkpoints | 2 · hidden size · checkpointed layers a token |
+| activations of a block | 211 kB a token at 7B, of every block that is not checkpointed |
 | a mask | padded rows or packing: 2 a cell of length × length for each block; packed rows are one long sequence |
 | work of one block | gradients of the MLP's width and the largest weight dequantized, or the loss, whichever is more |
 | loss | one tile of logits, 4,096 × 32,768 (TRL's chunked loss), never all logits |
 | allowance | 5 % of what comes and goes, for fragmentation; 50 % on a CPU |
+| margin | 5 % of the peak: so much must be free beside it, since a prediction may be too low |
 | context | 0.5 GB for CUDA |
 
 Not counted: `torch_compile`, Liger kernels, offloaded activations. Roughly counted: DoRA, label smoothing.

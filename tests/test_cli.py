@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from qlora_kit.cli import app, main
+from qlora_kit.report import can_plot
 from qlora_kit.training import TrainResult
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +122,8 @@ def test_train_prints_its_result(command: Callable[..., Outcome], run_yaml: Path
     assert first.json.keys() >= keys | {"resumed_from"}
     assert (first.json["output_dir"], first.json["steps"], first.json["resumed_from"]) == ("run", 2, None)
     assert (tmp_path / "run" / "qlora_kit.json").is_file()
+    plots = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert plots == ({"loss.png", "learning_rate.png", "grad_norm.png", "row_lengths.png"} if can_plot() else set())
     refused(command("train", run_yaml, *changes), "run is occupied", "--resume", "--overwrite", "output_dir=")
     again = command("train", run_yaml, *changes, "--overwrite")
     assert again.code == 0

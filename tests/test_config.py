@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.config import RunConfig, load_config
-from qlora_kit.config.train_section import _BOUNDS, CONTROLLED, TrainSection, kit_fields
+from qlora_kit.config import RunConfig, load_config, synonyms
+from qlora_kit.config.sections import DataSection, LoraSection, ModelSection, QuantizationSection
+from qlora_kit.config.train_section import _BOUNDS, CONTROLLED, TrainSection, kit_fields, settable_fields
 from qlora_kit.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -118,6 +119,20 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
     ("lines", "what", "detail"),
     [
         ("learning_rate: 1", "learning_rate is an unknown key", "write train.learning_rate"),
+        ("train: {batch_size: 4}", "train.batch_size is an unknown key", "mean 'per_device_train_batch_size'?"),
+        ("train: {epochs: 4}", "train.epochs is an unknown key", "mean 'num_train_epochs'?"),
+        ("train: {num_epochs: 4}", "train.num_epochs is an unknown key", "mean 'num_train_epochs'?"),
+        ("train: {lr: 1e-4}", "train.lr is an unknown key", "mean 'learning_rate'?"),
+        ("train: {max_seq_length: 512}", "train.max_seq_length is an unknown key", "mean 'max_length'?"),
+        ("train: {max_seq_len: 512}", "train.max_seq_len is an unknown key", "mean 'max_length'?"),
+        ("train: {grad_accum: 2}", "train.grad_accum is an unknown key", "mean 'gradient_accumulation_steps'?"),
+        ("train: {rank: 8}", "train.rank is an unknown key", "mean 'lora.r'? Write it there"),
+        ("lora: {rank: 8}", "lora.rank is an unknown key", "did you mean 'r'?"),
+        ("lora: {alpha: 8}", "lora.alpha is an unknown key", "did you mean 'lora_alpha'?"),
+        ("lora: {dropout: 0.1}", "lora.dropout is an unknown key", "did you mean 'lora_dropout'?"),
+        ("lora: {learning_rate: 1e-4}", "lora.learning_rate is an unknown key", "write train.learning_rate"),
+        ("epochs: 3", "epochs is an unknown key", "did you mean 'train.num_train_epochs'? Write it there"),
+        ("base_model: tiny", "base_model is an unknown key", "did you mean 'model.base'? Write it there"),
         ("train:\n  optim: adamw_toch", "train.optim is 'adamw_toch'", "did you mean 'adamw_torch'?"),
         ("train:\n  lr_scheduler_type: cosin", "train.lr_scheduler_type is 'cosin'", "did you mean 'cosine'?"),
         ("train:\n  loss_type: ntl", "train.loss_type is 'ntl'", "did you mean 'nll'?"),
@@ -149,6 +164,7 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train: {lr_scheduler_type: constant, lr_scheduler_kwargs: {power: 2}}", "takes no arguments", "remove it"),
         ("train: {early_stopping_threshold: 0.1}", "has no effect without early_stopping_patience", "or remove it"),
         ("train: {early_stopping_patience: 2}", "is 2, and there are no validation rows", "add data.validation"),
+        ("train: {checkpointed_layers: 4}", "is 4, and gradient_checkpointing is false", "gradient_checkpointing=true"),
         ("train: {metric_for_best_model: accuracy}", "there are no validation rows", "add data.validation"),
         ("lora: {init_lora_weights: loftq}\nquantization: {load_in_4bit: false}", "makes up for", "a base in 4 bits"),
         ("lora: {init_lora_weights: loftq, use_dora: true}", "together with use_dora", "one of the two"),
@@ -177,6 +193,14 @@ def test_wrong_keys_and_values(tmp_path: Path, lines: str, what: str, detail: st
     assert fault.startswith("run.yaml:")
     assert what in fault
     assert detail in fault
+
+
+def test_every_name_of_other_trainers_is_unknown_here_and_leads_to_a_key() -> None:
+    sections = {"model": ModelSection, "quantization": QuantizationSection, "lora": LoraSection, "data": DataSection}
+    keys = {f"{section}.{name}" for section, model in sections.items() for name in model.model_fields}
+    keys |= {f"train.{name}" for name in settable_fields()} | set(RunConfig.model_fields)
+    assert set(synonyms.KEYS.values()) <= keys
+    assert not {f"{key.rpartition('.')[0]}.{name}".lstrip(".") for name, key in synonyms.KEYS.items()} & keys
 
 
 def test_strategies_must_fit_each_other_where_there_is_validation_data(tmp_path: Path) -> None:
@@ -333,7 +357,7 @@ def test_declared_train_fields_are_sft_fields_and_free() -> None:
     from qlora_kit.config.sft_fields import sft_fields
 
     own = {"metric_rows", "loraplus_lr_ratio", "layerwise_lr_decay", "unfreeze_layers_every"}
-    own |= {"early_stopping_patience", "early_stopping_threshold", "memory"}
+    own |= {"early_stopping_patience", "early_stopping_threshold", "memory", "checkpointed_layers", "shard_base"}
     assert set(kit_fields()) == own
     assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"} | own
     assert not set(CONTROLLED) & set(TrainSection.model_fields)

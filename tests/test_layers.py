@@ -17,7 +17,8 @@ LAYERS = {
     name: layer
     for layer, names in enumerate(
         (
-            "errors suggest host_memory regular_file strict_json atomic safetensors_header assertion_child units",
+            "errors suggest host_memory regular_file strict_json atomic safetensors_header assertion_child units"
+            " launched",
             "tasks conversation tool_calls turns formats format_detection metrics config adapters base_keys base_files"
             " architecture starter prequantized memory",
             "shard_writer checkpoint data base_layout four_bit models stop_token token_rows adapter_loading"

@@ -174,8 +174,8 @@ def test_the_longest_length_is_where_it_stops_fitting(qwen: Architecture) -> Non
     run = workload(qwen)
     longest = longest_length(run, 12 * GIB)
     assert longest % 64 == 0
-    assert estimate(run.with_(length=longest)).peak_bytes <= 12 * GIB
-    assert estimate(run.with_(length=longest + 64)).peak_bytes > 12 * GIB
+    assert estimate(run.with_(length=longest)).needed_bytes <= 12 * GIB
+    assert estimate(run.with_(length=longest + 64)).needed_bytes > 12 * GIB
     assert longest_length(run, 5 * GIB) == 0
     assert longest_length(run, 200 * GIB) == qwen.context_length
 
@@ -186,14 +186,20 @@ def test_the_fastest_is_what_trying_everything_finds(gib: int, qwen: Architectur
     run = workload(qwen, batch_size=2, accumulation=4)
     best = fastest_that_fits(run, card, optimizers=("adamw_8bit",))
     tried = [
-        run.with_(batch_size=rows, accumulation=8 // rows, checkpointing=checkpointing, optim=optim)
-        for rows, checkpointing, optim in itertools.product((1, 2, 4, 8), (False, True), ("adamw_torch", "adamw_8bit"))
+        run.with_(
+            batch_size=rows,
+            accumulation=8 // rows,
+            checkpointing=layers > 0,
+            checkpointed_layers=layers if 0 < layers < 28 else None,
+            optim=optim,
+        )
+        for rows, layers, optim in itertools.product((1, 2, 4, 8), range(29), ("adamw_torch", "adamw_8bit"))
     ]
-    speeds = [tokens_per_second(one, card) or 0 for one in tried if estimate(one).peak_bytes <= card.free_bytes]
+    speeds = [tokens_per_second(one, card) or 0 for one in tried if estimate(one).needed_bytes <= card.free_bytes]
     if best is None:
         assert not speeds
         return
-    assert estimate(best).peak_bytes <= card.free_bytes
+    assert estimate(best).needed_bytes <= card.free_bytes
     assert best.effective_batch == 8
     assert (tokens_per_second(best, card) or 0) >= 0.98 * max(speeds)
 
@@ -220,6 +226,77 @@ def test_a_length_that_never_fits_gets_a_shorter_one(qwen: Architecture) -> None
 def test_a_base_that_never_fits_gets_nothing(qwen: Architecture) -> None:
     found = make_plan(workload(qwen), find_card("4GiB"))
     assert (found.fits, found.longest_max_length, found.suggestions) == (False, 0, ())
+    assert found.uncheckpointed_layers is None
+
+
+def test_where_nothing_fits_the_least_is_told_and_a_card_that_holds_it(qwen: Architecture) -> None:
+    large = workload(qwen, batch_size=8, accumulation=1, checkpointing=False, eval_batch_size=8)
+    found = make_plan(large, find_card("6GiB"))
+    assert found.suggestions == ()
+    assert found.smallest is not None
+    assert dict(found.smallest.changes) == {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "per_device_eval_batch_size": 1,
+        "gradient_checkpointing": True,
+        "optim": "paged_adamw_8bit",
+    }
+    needed = estimate(found.smallest.workload).needed_bytes
+    assert found.card.free_bytes < found.least_bytes < needed
+    card = found.smallest_card
+    assert card is not None
+    assert card.memory_bytes >= needed
+    assert not any(needed <= other.memory_bytes < card.memory_bytes for other in CARDS.values())
+    assert make_plan(found.smallest.workload, card).fits
+    assert make_plan(large, find_card("12GiB")).smallest is None
+
+
+def test_a_margin_must_be_free_beside_the_peak(qwen: Architecture) -> None:
+    run = workload(qwen)
+    found = estimate(run)
+    assert found.margin_bytes == found.peak_bytes // 20
+    assert found.needed_bytes == found.peak_bytes + found.margin_bytes
+    assert make_plan(run, Card("just enough", found.needed_bytes)).fits
+    assert not make_plan(run, Card("a byte less", found.needed_bytes - 1)).fits
+
+
+def test_a_split_base_takes_its_share_and_two_layers(qwen: Architecture) -> None:
+    run = workload(qwen)
+    whole = parts.linear_bytes(run)
+    assert parts.held_linear_bytes(run) == whole
+    for processes in (2, 4, 8):
+        held = parts.held_linear_bytes(run.with_(shards=processes))
+        assert held == pytest.approx(whole / processes + 2 * whole / 28, rel=1e-6)
+        saved = estimate(run).allocated_bytes - estimate(run.with_(shards=processes)).allocated_bytes
+        assert saved == whole - held
+
+
+# --- checkpointing of some layers ---
+
+
+def test_a_checkpointed_layer_trades_memory_for_operations(qwen: Architecture) -> None:
+    runs = [workload(qwen, checkpointing=False), *(workload(qwen, checkpointed_layers=k) for k in range(1, 29))]
+    kept = [activations.saved_bytes(run) for run in runs]
+    block = activations.block_bytes(runs[0], runs[0].layers[5])
+    saving = block - 2 * 3584 * 2048
+    assert [before - after for before, after in itertools.pairwise(kept[1:])] == [saving] * 27
+    steps = [operations_per_token(after) - operations_per_token(run) for run, after in itertools.pairwise(runs)]
+    assert steps == pytest.approx([steps[0]] * 28)
+    assert estimate(runs[28]) == estimate(workload(qwen))
+    assert operations_per_token(runs[28]) == operations_per_token(workload(qwen))
+    peaks = [estimate(run).peak_bytes for run in runs]
+    assert peaks[:-1] == sorted(peaks[:-1], reverse=True)
+
+
+@pytest.mark.parametrize("gib", [8, 10, 12, 16, 18])
+def test_as_few_layers_as_fit_are_checkpointed(gib: int, qwen: Architecture) -> None:
+    run = workload(qwen)
+    fitting = [
+        layers for layers in range(1, 29) if estimate(run.with_(checkpointed_layers=layers)).needed_bytes <= gib * GIB
+    ]
+    assert make_plan(run, Card("a card", gib * GIB)).uncheckpointed_layers == 28 - min(fitting)
+    assert 1 < min(fitting) <= 28
+    assert make_plan(run, find_card("H200")).uncheckpointed_layers == 28
 
 
 def test_what_is_as_good_as_any_is_left_alone(qwen: Architecture) -> None:

@@ -24,6 +24,7 @@ from qlora_kit.memory.optimizers import optimizer_bytes
 from qlora_kit.memory.workload import Workload, lora_pairs, workload_of
 from qlora_kit.models import attach_lora, load_base_model
 from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.run import train
 
 CPU = torch.device("cpu")
@@ -208,18 +209,33 @@ def test_saved_activations_are_counted_exactly_under_autocast(
     assert_exact(model, workload.with_(batch_size=rows, length=40))
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize(("rows", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_saved_activations_of_some_checkpointed_layers_are_counted_exactly(
+    layers: int, rows: int, dtype: str, folders: dict[str, Path], request: pytest.FixtureRequest
+) -> None:
+    if dtype == "bfloat16":
+        request.getfixturevalue("as_on_a_gpu")
+    model, workload = prepare(folders["qwen2"], lora=LoraSection(r=8), dtype=dtype, checkpointing=True)
+    checkpoint_first_layers(model, layers)
+    workload = workload.with_(batch_size=rows, length=30 + rows, checkpointed_layers=layers)
+    assert_exact(model, workload)
+    assert activations.saved_bytes(workload) < activations.saved_bytes(workload.with_(checkpointing=False))
+
+
 def assert_exact(model: Any, workload: Workload) -> None:
     with counting_saved(model) as saved:
         forward(model, workload)
     predicted = activations.saved_bytes(workload)
-    if not workload.checkpointing:  # the checkpointed blocks' arguments hold them, out of the hooks' sight
+    if workload.recomputed < len(workload.layers):  # checkpointed blocks' arguments hold them, out of the hooks' sight
         boolean_mask = workload.batch_size * workload.length**2 if workload.masked else 0  # SDPA keeps its own copy
         predicted += activations.shared_bytes(workload) - boolean_mask
     assert sum(saved.values()) == predicted
 
 
+@pytest.mark.parametrize("layers", [0, 1])
 def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
-    run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: int, run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[tuple[tuple[int, int], int]] = []
     original = GuardedTrainer.compute_loss
@@ -233,7 +249,8 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
         return loss
 
     monkeypatch.setattr(GuardedTrainer, "compute_loss", count)
-    config = load_config(run_yaml, [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "data.validation="])
+    some = ["train.gradient_checkpointing=true", f"train.checkpointed_layers={layers}"] if layers else []
+    config = load_config(run_yaml, [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "data.validation=", *some])
     train(config)
     base_config = json.loads((random_base / "config.json").read_text())
     architecture = read_architecture(base_config, where="config.json")
@@ -248,16 +265,17 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("layers", [0, 1, 3], ids=["kept", "one checkpointed", "checkpointed"])
 def test_the_peak_of_a_pass_is_what_the_allocator_saw(
-    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every allocation and release of one forward and backward pass, added up; the loss is made small beside them."""
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
     config = {**SHAPE, "hidden_size": 128, "intermediate_size": 640, "vocab_size": 64, "num_hidden_layers": 3}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **config)).save_pretrained(tmp_path)
-    model, workload = prepare(tmp_path, lora=LoraSection(r=8), dtype="bfloat16", checkpointing=checkpointing)
-    workload = workload.with_(length=256, batch_size=1)
+    model, workload = prepare(tmp_path, lora=LoraSection(r=8), dtype="bfloat16", checkpointing=layers > 0)
+    checkpoint_first_layers(model, layers)
+    workload = workload.with_(length=256, batch_size=1, checkpointed_layers=layers or None)
     forward(model, workload).backward()  # gradients exist from here on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         forward(model, workload).backward()

@@ -77,6 +77,31 @@ def test_overrides_and_the_longest_length_hold(plan: Callable[..., dict[str, Any
     assert plan("--gpu", "12GiB", f"train.max_length={longest + 64}")["fits"] is False
 
 
+def test_where_nothing_fits_it_says_what_would(
+    plan: Callable[..., dict[str, Any]], base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = plan("--gpu", "6GiB")
+    assert (content["fits"], content["suggestions"], content["longest_max_length"]) == (False, [], 0)
+    assert content["smallest"]["peak_bytes"] > 6 * GIB
+    again = plan(
+        "--gpu", content["smallest_card"], *(f"train.{k}={v}" for k, v in content["smallest"]["train"].items())
+    )
+    assert again["fits"] is True
+    end(["plan", CONFIG, f"model.base={base}", "--gpu", "6GiB"], code=0)
+    text = capsys.readouterr().out
+    assert "nothing fits into 6.00 GiB" in text
+    assert f"what would do: {content['smallest_card']} (8.00 GiB) or larger, or a smaller base" in text
+
+
+def test_the_margin_is_seen(
+    plan: Callable[..., dict[str, Any]], base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = plan("--gpu", "12GiB")
+    assert content["margin_bytes"] == content["peak_bytes"] // 20
+    end(["plan", CONFIG, f"model.base={base}", "--gpu", "12GiB"], code=0)
+    assert "margin, 5%" in capsys.readouterr().out
+
+
 def test_a_base_in_4_bits_brings_its_own_settings(plan: Callable[..., dict[str, Any]], base: Path) -> None:
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": False}
     before = plan("--gpu", "24GiB")["breakdown"]["linear layers"]
@@ -101,7 +126,7 @@ def test_the_text_fits_80_columns(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[1:])) <= 80
     text = "\n".join(lines)
-    for part in ("predicted, not measured", "linear layers", "█", "peak", "longest max_length", "DoRA"):
+    for part in ("predicted, not measured", "linear layers", "█", "peak", "margin", "longest max_length", "DoRA"):
         assert part in text
     assert ("does not fit" in text) is (gpu != "RTX 4090")
 

@@ -27,6 +27,18 @@ def test_an_unknown_tracker_is_told() -> None:
         require_reporters(("none", "tensorboard"))
 
 
+@pytest.mark.parametrize("name", ["neptune", "mlflow", "dagshub", "flyte", "comet_ml"])
+def test_any_tracker_that_is_not_installed_is_refused_in_three_parts(
+    name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for library in ("neptune", "mlflow", "dagshub", "flytekit", "comet"):
+        monkeypatch.setattr(f"transformers.integrations.integration_utils.is_{library}_available", lambda: False)
+    with pytest.raises(ConfigError, match=rf"report_to is {name}, whose library cannot be used") as refused:
+        require_reporters((name,))
+    assert f"install the library of {name}; or set train.report_to=none" in refused.value.faults[0].fix
+    assert capfd.readouterr().err == ""
+
+
 def test_a_missing_library_is_told_before_anything_is_read(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,8 +65,7 @@ def other_template(folder: Path) -> None:
 
 SETTINGS = {
     "train.learning_rate": "train.learning_rate=0.5",
-    "train.per_device_train_batch_size": "train.per_device_train_batch_size=2",
-    "train.gradient_accumulation_steps": "train.gradient_accumulation_steps=2",
+    "train.max_length": "train.max_length=200",
     "data.train": "data.train=[]",
     "train.seed": "train.seed=1",
     "quantization.load_in_4bit": "quantization.load_in_4bit=false",
@@ -186,6 +185,29 @@ def test_an_allowed_learning_rate_is_the_one_trained_with(
     assert {group["weight_decay"] for group in saved["param_groups"]} == {0.0, 0.25}  # norms and biases have none
     assert json.loads((half_done / "run.json").read_text())["changes"][0]["new"] == 0.02
     assert train(config, resume=True).steps == 12
+
+
+BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+
+
+def test_a_step_keeps_its_rows_however_they_are_divided(
+    half_done: Path, run_yaml: Path, trained_run: tuple[Path, TrainResult], start_of: Callable[..., Start]
+) -> None:
+    """What is trained on after the resumption is what the whole run was trained on, in the same steps."""
+    divided = [f"{BATCH[0]}=2", f"{BATCH[1]}=4"]
+    config = load_config(run_yaml, [f"output_dir={half_done}", *divided])
+    with pytest.raises(ConfigError) as refused:
+        train(config, resume=True)
+    assert [key for fault in refused.value.faults for key in BATCH if key in fault.what] == [BATCH[1], BATCH[0]]
+    result = train(config, resume=True, allow_changed=BATCH)
+    whole = trained_run[1]
+    seen = [[(e["step"], e["num_tokens"]) for e in r.history if "num_tokens" in e] for r in (result, whole)]
+    assert seen[0] == seen[1]
+    losses = [[e["loss"] for e in r.history if "loss" in e] for r in (result, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    for override, rows in ((f"{BATCH[0]}=4", 4), (f"{BATCH[1]}=2", 16)):
+        with pytest.raises(ConfigError, match=rf"a step would take {rows} rows, the run began with 8: checkpoint-6"):
+            resumed_start(start_of(), start_of(override), allowed=BATCH, checkpoint=CHECKPOINT)
 
 
 def test_the_command_takes_the_names(half_done: Path, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

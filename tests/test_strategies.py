@@ -495,7 +495,7 @@ def test_the_best_adapter_is_chosen_by_the_metric_in_its_direction(
 ) -> None:
     scripted_losses(float)
     values = iter([0.2, 0.9, 0.5])
-    monkeypatch.setattr(TaskMetric, "measure", lambda self, model: next(values))
+    monkeypatch.setattr(TaskMetric, "measure", lambda self, model, *, interrupt: next(values))
     result = start_run(f"train.metric_for_best_model={metric}", "train.num_train_epochs=3")
     assert result.kept_step == kept
     assert result.task_metric == {12: 0.9, 6: 0.2}[kept]

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_kit.adapters import AdapterContract, AdapterStore, base_fingerprint, check_adapter_folder
 from qlora_kit.base_files import resolve_base
 from qlora_kit.config import load_config
-from qlora_kit.errors import DataError, GuardError, Interrupted, OutputError
+from qlora_kit.errors import ConfigError, DataError, GuardError, Interrupted, OutputError
 from qlora_kit.models import load_base_model
 from qlora_kit.training import TrainResult, train
 from qlora_kit.training.callbacks import GuardedTrainer, TrainingProgress
@@ -271,11 +271,22 @@ def test_packing_trains_and_evaluates(run: Callable[..., TrainResult]) -> None:
 def test_gradient_checkpointing_changes_memory_only(run: Callable[..., TrainResult], tmp_path: Path) -> None:
     short = ("train.max_steps=3", "train.save_strategy=no", "data.validation=[]")
     run(*short, name="plain")
-    run(*short, "train.gradient_checkpointing=true", name="checkpointed")
-    plain, checkpointed = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "checkpointed"))
+    run(*short, "train.gradient_checkpointing=true", name="all")
+    run(*short, "train.gradient_checkpointing=true", "train.checkpointed_layers=1", name="one")
+    plain, every, one = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "all", "one"))
     for name, tensor in plain.items():
-        torch.testing.assert_close(checkpointed[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(every[name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-5)
         assert "lora_B" not in name or tensor.abs().max() > 1e-3
+
+
+def test_more_checkpointed_layers_than_there_are_are_refused(
+    run: Callable[..., TrainResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.training.run.load_base_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match=r"checkpointed_layers is 3, and .* has 2 layers(.|\n)*1 to 2, or null"):
+        run("train.gradient_checkpointing=true", "train.checkpointed_layers=3")
+    assert not (tmp_path / "run").exists()
 
 
 # --- the run folder ---

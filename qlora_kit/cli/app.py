@@ -28,6 +28,7 @@ from qlora_kit.cli import (
     training,
 )
 from qlora_kit.errors import QloraKitError
+from qlora_kit.launched import is_main_process
 
 
 class _Verbs(TyperGroup):
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="qlora-kit")
     except QloraKitError as error:
-        _print_error(error)
+        if not error.told:
+            _print_error(error)
         sys.exit(error.exit_code)
 
 
@@ -86,10 +88,14 @@ def _print_error(error: QloraKitError) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' chatter off the terminal; their errors still raise. QLORA_KIT_LOG=INFO shows all of it."""
-    level = os.environ.get("QLORA_KIT_LOG", "WARNING").upper()
+    """Keep the libraries' chatter off the terminal; their errors still raise. QLORA_KIT_LOG=INFO shows all of it.
+
+    Of several processes of one run, the main one warns for all.
+    """
+    default = "WARNING" if is_main_process() else "ERROR"
+    level = os.environ.get("QLORA_KIT_LOG", default).upper()
     logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
-    if level == "WARNING":
+    if level == default:
         for library in (
             "transformers",
             "trl",

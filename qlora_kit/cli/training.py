@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from qlora_kit.cli.data import ConfigArgument, OverridesArgument
 from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stderr_console, stdout_console
 from qlora_kit.cli.training_progress import training_display
+from qlora_kit.launched import is_main_process
 
 
 def train(
@@ -27,12 +29,18 @@ def train(
     from qlora_kit.config import load_config
 
     run = load_config(config, overrides or ())
+    allowed = tuple(name.strip() for name in allow_changed.split(",") if name.strip())
+    if not is_main_process():  # of a run of several; the main one speaks for all
+        from qlora_kit.training import train as train_adapter
+
+        train_adapter(run, resume=resume, overwrite=overwrite, allow_changed=allowed)
+        return
     say(f"{run.name}: loading {run.model.base} and checking the data")
     from qlora_kit.training import train as train_adapter
 
-    allowed = tuple(name.strip() for name in allow_changed.split(",") if name.strip())
     with training_display(stderr_console()) as show:
         result = train_adapter(run, resume=resume, overwrite=overwrite, allow_changed=allowed, progress=show)
+    plots = _plots(Path(result.output_dir))
     if json:
         print_json(result.to_json())
         return
@@ -49,8 +57,17 @@ def train(
         f"peak memory {in_units(result.peak_bytes)}\n"
         f"{result.rows:,} training rows; {result.dropped_rows:,} rows dropped, cut or double"
         f"{f', listed in {result.output_dir}/ledger.jsonl' if result.dropped_rows else ''}\n"
-        f"see it: {result.output_dir}/report.html (plots as PNG: qlora-kit report {result.output_dir} --png)\n"
+        f"see it: {result.output_dir}/report.html{plots}\n"
         f"publish it: qlora-kit adapters add {result.output_dir}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _plots(folder: Path) -> str:
+    """Write the curves as PNG files where matplotlib is installed; what to say of them."""
+    from qlora_kit.report import can_plot, write_plots
+
+    if not can_plot():
+        return ""
+    return f" and {len(write_plots(folder))} PNG files beside it"

@@ -32,6 +32,7 @@ from qlora_kit.config.sections import (
 )
 from qlora_kit.config.sft_fields import sft_fields
 from qlora_kit.config.strategy_checks import strategy_problems
+from qlora_kit.config.synonyms import meant_by
 from qlora_kit.config.train_section import (
     EVAL_LOSS,
     SECTION,
@@ -335,7 +336,8 @@ def _where_it_belongs(path: KeyPath) -> str:
     for section, model in _SECTIONS.items() if len(path) <= 2 else ():
         if key in (settable_fields() if section == "train" else model.model_fields):
             return f"it belongs to the section {section}: write {section}.{key}"
-    return advice(key, _known_keys(path))
+    own = path[0] if len(path) == 2 else ""
+    return (meant_by(key, section=own) if len(path) <= 2 else None) or advice(key, _known_keys(path))
 
 
 def _locate(problem: Problem, path: Path, lines: Mapping[KeyPath, int], given: Mapping[KeyPath, str]) -> Fault:

@@ -28,6 +28,7 @@ def strategy_problems(
     return [
         *_loss_problems(values),
         *_optimizer_problems(values),
+        *_checkpointing_problems(train),
         *_evaluation_problems(train, validates=validates),
         *_initialisation_problems(lora, quantization),
     ]
@@ -48,6 +49,13 @@ def _optimizer_problems(values: dict[str, Any]) -> Iterator[Problem]:
         what = f"is set, and the scheduler {values['lr_scheduler_type']} takes no arguments"
         fix = "remove it, or choose another lr_scheduler_type"
         yield Problem(("train", "lr_scheduler_kwargs"), what, "nothing", fix)
+
+
+def _checkpointing_problems(train: TrainSection) -> Iterator[Problem]:
+    if train.checkpointed_layers is not None and not train.gradient_checkpointing:
+        what = f"is {train.checkpointed_layers}, and gradient_checkpointing is false"
+        fix = "set train.gradient_checkpointing=true, or remove it"
+        yield Problem(("train", "checkpointed_layers"), what, "both or neither", fix)
 
 
 def _evaluation_problems(train: TrainSection, *, validates: bool) -> Iterator[Problem]:

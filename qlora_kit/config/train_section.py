@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from qlora_kit.config.sft_fields import SftField, sft_fields
+from qlora_kit.config.synonyms import meant_by
 from qlora_kit.metrics import METRICS
 from qlora_kit.suggest import advice
 
@@ -120,6 +121,10 @@ class TrainSection(BaseModel):
     """Learning rate of a layer over that of the layer above it (Howard & Ruder 2018); null: the same."""
     unfreeze_layers_every: Annotated[int, Field(ge=1)] | None = None
     """Begin with the top layer's adapters, and add the next layer's after every so many optimizer steps; null: all."""
+    checkpointed_layers: Annotated[int, Field(ge=1)] | None = None
+    """With ``gradient_checkpointing``: how many layers, from the first on, do that; null: all."""
+    shard_base: bool = False
+    """With several processes (``accelerate launch``): each holds its share of the frozen base, by FSDP."""
     memory: Literal["check", "auto", "ignore"] = "check"
     """What to do with the plan of memory: ``check`` refuses what cannot fit, ``auto`` changes micro-batch, accumulation
     and checkpointing to the fastest that fits, ``ignore`` tries anyway."""
@@ -243,9 +248,8 @@ def undeclared_problems(train: Mapping[str, Any], *, evaluates: bool) -> list[Pr
         elif name not in sft_fields():
             if name not in TrainSection.model_fields:
                 expected = "a field of TRL's SFTConfig, in the installed version"
-                problems.append(
-                    Problem(("train", name), "is an unknown key", expected, advice(name, settable_fields()))
-                )
+                fix = meant_by(name, section="train") or advice(name, settable_fields())
+                problems.append(Problem(("train", name), "is an unknown key", expected, fix))
         else:
             problems.extend(_value_problems(sft_fields()[name], value))
     return problems + (_strategy_problems(train) if evaluates else [])

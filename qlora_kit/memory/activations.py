@@ -18,10 +18,8 @@ _SHARING = (_FIRST, ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # on
 
 
 def checkpoint_bytes(workload: Workload) -> int:
-    """Checkpointing keeps the input of each block: e·H a token and block (200.7 kB a token at 7B in 16 bits)."""
-    if not workload.checkpointing:
-        return 0
-    return len(workload.layers) * workload.compute_bytes * workload.architecture.hidden_size * workload.tokens
+    """Checkpointing keeps the input of its blocks: e·H a token and block (200.7 kB a token at 7B in 16 bits)."""
+    return workload.recomputed * workload.compute_bytes * workload.architecture.hidden_size * workload.tokens
 
 
 def shared_bytes(workload: Workload) -> int:
@@ -37,8 +35,8 @@ def block_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradie
     Args:
         workload: The run.
         pairs: The block's LoRA pairs.
-        input_has_gradient: False for the first block without checkpointing. Nothing there is kept for the gradient of
-            its input: not the first norm's, not what its first three pairs would need.
+        input_has_gradient: False for the first block where that is not checkpointed. Nothing there is kept for the
+            gradient of its input: not the first norm's, not what its first three pairs would need.
     """
     norms = 2 if input_has_gradient else 1
     return (
@@ -51,13 +49,18 @@ def block_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradie
 
 
 def saved_bytes(workload: Workload) -> int:
-    """What is kept when the loss is reached, without ``shared_bytes``: checkpoints or whole blocks, and the head."""
-    if workload.checkpointing:
-        return checkpoint_bytes(workload) + head_bytes(workload)
-    blocks = sum(block_bytes(workload, pairs) * count for pairs, count in workload.kinds.items())
+    """What is kept when the loss is reached, without ``shared_bytes``: checkpoints, whole blocks, and the head."""
+    return checkpoint_bytes(workload) + whole_blocks_bytes(workload) + head_bytes(workload)
+
+
+def whole_blocks_bytes(workload: Workload) -> int:
+    """What the blocks that are not checkpointed keep: the last ones, or all of them."""
+    whole = workload.kinds_of(workload.recomputed, len(workload.layers))
+    blocks = sum(block_bytes(workload, pairs) * count for pairs, count in whole.items())
+    if workload.recomputed:
+        return blocks
     first = workload.layers[0]
-    unkept = block_bytes(workload, first) - block_bytes(workload, first, input_has_gradient=False)
-    return blocks - unkept + head_bytes(workload)
+    return blocks - block_bytes(workload, first) + block_bytes(workload, first, input_has_gradient=False)
 
 
 def head_bytes(workload: Workload) -> int:
@@ -72,15 +75,18 @@ def head_bytes(workload: Workload) -> int:
 def peak_bytes_of_pass(workload: Workload) -> int:
     """The most that one forward and backward pass holds beyond what stays the whole run.
 
-    Three moments compete: the loss (its logits come in tiles), the backward pass of the last norm, and that of the last
-    block's MLP, which checkpointing has to compute again first.
+    These moments compete: the loss (its logits come in tiles), the backward pass of the last norm, that of the last
+    block's MLP, and that of the last checkpointed block, which is computed again first. By then the blocks behind it
+    are done, and what they kept is free: so the first blocks are the ones to checkpoint.
     """
     kept = shared_bytes(workload) + saved_bytes(workload)
-    return max(
-        kept + _casts_in_forward(workload) + loss_bytes(workload),
-        kept + _norm_backward_bytes(workload),
-        kept - head_bytes(workload) + block_backward_bytes(workload),
-    )
+    moments = [kept + _casts_in_forward(workload) + loss_bytes(workload), kept + _norm_backward_bytes(workload)]
+    if workload.recomputed < len(workload.layers):
+        moments.append(kept - head_bytes(workload) + block_backward_bytes(workload, again=False))
+    if workload.recomputed:
+        before = shared_bytes(workload) + checkpoint_bytes(workload)
+        moments.append(before + block_backward_bytes(workload, again=True))
+    return max(moments)
 
 
 def loss_bytes(workload: Workload) -> int:
@@ -102,21 +108,21 @@ def loss_bytes(workload: Workload) -> int:
     return gradients + rows * LOSS_VOCABULARY * e
 
 
-def block_backward_bytes(workload: Workload) -> int:
-    """The backward pass of the last block: with checkpointing its activations again, then the MLP's gradients.
+def block_backward_bytes(workload: Workload, *, again: bool) -> int:
+    """The backward pass of a block: a checkpointed one's activations again, then the MLP's gradients.
 
     Behind ``down_proj``, two gradients of its input and their sum stand beside the block's activations, of which one
     input is free by then, or a dequantized weight stands beside the two.
     """
     architecture, e, tokens = workload.architecture, workload.compute_bytes, workload.tokens
-    again = 0
-    if workload.checkpointing:
-        again = max(block_bytes(workload, pairs) for pairs in workload.kinds)
+    recomputed = 0
+    if again:
+        recomputed = max(block_bytes(workload, pairs) for pairs in workload.kinds_of(0, workload.recomputed))
         if e == FP32_BYTES:
-            again -= e * architecture.hidden_size * tokens  # the first norm keeps the checkpoint itself
+            recomputed -= e * architecture.hidden_size * tokens  # the first norm keeps the checkpoint itself
     inner = e * architecture.intermediate_size * tokens
     gradients = inner + max(inner, dequantized_bytes(workload)) + e * architecture.hidden_size * tokens
-    return again + gradients + _attention_work_bytes(workload)
+    return recomputed + gradients + _attention_work_bytes(workload)
 
 
 def dequantized_bytes(workload: Workload) -> int:
@@ -231,7 +237,6 @@ def _cast_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradie
 
 
 def _casts_in_forward(workload: Workload) -> int:
-    """Autocast keeps all copies until the forward pass ends; without checkpointing they are kept and counted anyway."""
-    if not workload.checkpointing:
-        return 0
-    return sum(_cast_bytes(workload, pairs) * count for pairs, count in workload.kinds.items())
+    """Autocast keeps all copies until the forward pass ends; of whole blocks they are kept and counted anyway."""
+    kinds = workload.kinds_of(0, workload.recomputed)
+    return sum(_cast_bytes(workload, pairs) * count for pairs, count in kinds.items())

@@ -14,6 +14,7 @@ CPU_LIBRARIES_BYTES = 900_000_000  # resident size of Python with torch, transfo
 # Of what comes and goes: freed blocks that do not fit the next request. The share of a GPU is not
 # measured yet; a CPU's malloc kept up to half as much again in runs of `tiny`.
 ALLOWANCE = {"cuda": 0.05, "cpu": 0.5}
+MARGIN = 0.05  # of the predicted peak, to be free beside it: as far as a prediction may be off
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Estimate:
         """Everything together, with context and allowance."""
         return sum(self.breakdown.values())
 
+    @property
+    def margin_bytes(self) -> int:
+        """What must be free beside the peak, since a prediction may be too low."""
+        return int(MARGIN * self.peak_bytes)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Peak and margin: a run fits where so much is free."""
+        return self.peak_bytes + self.margin_bytes
+
 
 def estimate(workload: Workload) -> Estimate:
     """The peak of ``workload``, for rows that all reach ``length``.
@@ -47,11 +58,13 @@ def estimate(workload: Workload) -> Estimate:
     shared = activations.shared_bytes(workload)
     checkpoints = activations.checkpoint_bytes(workload)
     whole_pass = max(activations.peak_bytes_of_pass(workload), step_bytes(workload))
-    kept = shared + (checkpoints if workload.checkpointing else activations.saved_bytes(workload))
+    all_recomputed = workload.recomputed == len(workload.layers)
+    kept = shared + (0 if all_recomputed else activations.saved_bytes(workload) - checkpoints)
+    held = min(checkpoints + kept, whole_pass)
     gradients = parts.gradient_bytes(workload)
     evaluation = activations.evaluation_bytes(workload)
     stays = {
-        "linear layers": parts.linear_bytes(workload),
+        "linear layers": parts.held_linear_bytes(workload),
         "embedding and head": parts.embedding_bytes(workload),
         "norms and biases": parts.small_bytes(workload),
         "adapter": parts.adapter_bytes(workload),
@@ -59,8 +72,8 @@ def estimate(workload: Workload) -> Estimate:
     }
     training = {
         "gradients": gradients,
-        "checkpoints" if workload.checkpointing else "activations": min(kept, whole_pass),
-        "work of one block" if workload.checkpointing else "work": whole_pass - min(kept, whole_pass),
+        **_kept_parts(workload, checkpoints, held),
+        "work of one block" if all_recomputed else "work": whole_pass - held,
     }
     validation = {"gradients": 0, "validation batch": evaluation}
     comes = training if gradients + whole_pass >= evaluation else validation
@@ -74,6 +87,15 @@ def estimate(workload: Workload) -> Estimate:
     }
     allocated = sum(stays.values()) + sum(comes.values())
     return Estimate(breakdown, allocated, paged_bytes(workload), _notes(workload, comes is validation))
+
+
+def _kept_parts(workload: Workload, checkpoints: int, held: int) -> dict[str, int]:
+    """What a pass keeps, under one name or, where some blocks are checkpointed, two."""
+    if workload.recomputed == len(workload.layers):
+        return {"checkpoints": held}
+    if not workload.recomputed:
+        return {"activations": held}
+    return {"checkpoints": min(checkpoints, held), "activations": held - min(checkpoints, held)}
 
 
 def _notes(workload: Workload, validation_leads: bool) -> tuple[str, ...]:

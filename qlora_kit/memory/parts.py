@@ -37,6 +37,15 @@ def linear_bytes(workload: Workload) -> int:
     )
 
 
+def held_linear_bytes(workload: Workload) -> int:
+    """What one process holds of the linear layers: its share, and two whole layers, one in use and one coming."""
+    whole = linear_bytes(workload)
+    if workload.shards == 1:
+        return whole
+    gathered = 2 * -(-whole // workload.architecture.layers)
+    return min(-(-whole // workload.shards) + gathered, whole)
+
+
 def embedding_bytes(workload: Workload) -> int:
     """Embedding and head in the compute dtype; a tied head is the embedding (transformers never quantizes them)."""
     architecture = workload.architecture

@@ -26,6 +26,7 @@ _KEYS = {  # field of Workload -> key of the train section
     "accumulation": "gradient_accumulation_steps",
     "eval_batch_size": "per_device_eval_batch_size",
     "checkpointing": "gradient_checkpointing",
+    "checkpointed_layers": "checkpointed_layers",
     "optim": "optim",
     "length": "max_length",
 }
@@ -75,7 +76,10 @@ class Plan:
         estimate: The predicted peak by part.
         longest_max_length: The most tokens a row may have with the other settings as they are; 0 where none fits.
         tokens_per_second: The card's ceiling for it; None where its speed is not known.
+        uncheckpointed_layers: Of how many layers the activations may be kept, with the other settings as they are;
+            None where not even checkpointing all of them fits.
         suggestions: What to change, the fastest first; empty where the config is as good as any.
+        smallest: Where nothing fits: the run with rows as long as they are and all else as small as it goes.
     """
 
     workload: Workload
@@ -83,21 +87,42 @@ class Plan:
     estimate: Estimate
     longest_max_length: int
     tokens_per_second: float | None
+    uncheckpointed_layers: int | None
     suggestions: tuple[Suggestion, ...]
+    smallest: Suggestion | None
 
     @property
     def fits(self) -> bool:
-        """Whether the predicted peak is within what the card has free."""
-        return self.estimate.peak_bytes <= self.card.free_bytes
+        """Whether the predicted peak and its margin are within what the card has free."""
+        return self.estimate.needed_bytes <= self.card.free_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """What rows of one token need with all else as small as it goes, margin counted: base and adapter, mostly."""
+        leanest = _leanest(self.workload, *_smaller_optimizers(self.workload))
+        return estimate(leanest.with_(length=1, eval_length=1)).needed_bytes
+
+    @property
+    def smallest_card(self) -> Card | None:
+        """The card with the least memory that ``smallest`` fits; None where that is none, or not asked for."""
+        if self.smallest is None:
+            return None
+        needed = estimate(self.smallest.workload).needed_bytes
+        large = [card for card in CARDS.values() if card.memory_bytes >= needed]
+        return min(large, key=lambda card: card.memory_bytes, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """As ``plan --json`` prints it."""
         return {
             "peak_bytes": self.estimate.peak_bytes,
+            "margin_bytes": self.estimate.margin_bytes,
             "fits": self.fits,
             "breakdown": dict(self.estimate.breakdown),
             "longest_max_length": self.longest_max_length,
+            "uncheckpointed_layers": self.uncheckpointed_layers,
             "suggestions": [suggestion.to_json() for suggestion in self.suggestions],
+            "smallest": None if self.smallest is None else self.smallest.to_json(),
+            "smallest_card": None if self.smallest_card is None else self.smallest_card.name,
             "allocated_bytes": self.estimate.allocated_bytes,
             "host_bytes": self.estimate.host_bytes,
             "card": self.card.name,
@@ -130,27 +155,33 @@ def estimate_memory(config: RunConfig, card: Card, *, device: Device = "cuda") -
 
 def make_plan(workload: Workload, card: Card) -> Plan:
     """Estimate ``workload`` and look for what fits ``card`` and is faster, or takes longer rows."""
-    predicted = estimate(workload)
+    fits = _fits(workload, card.free_bytes)
+    suggestions = tuple(_suggestions(workload, card, fits=fits))
+    leanest = _leanest(workload, *_smaller_optimizers(workload))
+    least_why = "the least that rows of this length take"
+    recomputed = _fewest_recomputed(workload, card.free_bytes)
     return Plan(
         workload=workload,
         card=card,
-        estimate=predicted,
+        estimate=estimate(workload),
         longest_max_length=longest_length(workload, card.free_bytes),
         tokens_per_second=tokens_per_second(workload, card),
-        suggestions=tuple(_suggestions(workload, card, fits=predicted.peak_bytes <= card.free_bytes)),
+        uncheckpointed_layers=None if recomputed is None else len(workload.layers) - recomputed.recomputed,
+        suggestions=suggestions,
+        smallest=None if fits or suggestions else _suggestion(least_why, workload, leanest, card),
     )
 
 
 def fastest_that_fits(workload: Workload, card: Card, *, optimizers: Sequence[str] = ()) -> Workload | None:
     """The fastest settings with the same rows in each optimizer step and the same longest row; None where none fits.
 
-    Tried are the divisors of the effective batch as micro-batches, with and without checkpointing, with the configured
-    optimizer and ``optimizers``. The validation batch is halved until it fits.
+    Tried are the divisors of the effective batch as micro-batches, with checkpointing of no layer, of as few as fit and
+    of all, with the configured optimizer and ``optimizers``. The validation batch is halved until it fits.
     """
     fitting = [
         candidate
         for candidate in _candidates(workload, tuple(dict.fromkeys((workload.optim, *optimizers))), card.free_bytes)
-        if estimate(candidate).peak_bytes <= card.free_bytes
+        if _fits(candidate, card.free_bytes)
     ]
     if not fitting:
         return None
@@ -160,10 +191,10 @@ def fastest_that_fits(workload: Workload, card: Card, *, optimizers: Sequence[st
 
 
 def longest_length(workload: Workload, free_bytes: int) -> int:
-    """The longest ``max_length`` whose peak is within ``free_bytes``, rounded down; at most the base's context."""
+    """The longest ``max_length`` that fits into ``free_bytes``, rounded down; at most the base's context."""
 
     def fits(length: int) -> bool:
-        return estimate(workload.with_(length=length)).peak_bytes <= free_bytes
+        return _fits(workload.with_(length=length), free_bytes)
 
     most = workload.architecture.context_length
     if fits(most):
@@ -181,7 +212,7 @@ def changes(before: Workload, after: Workload) -> dict[str, Any]:
 
 
 def _suggestions(workload: Workload, card: Card, *, fits: bool) -> Iterator[Suggestion]:
-    small = () if workload.device == "cpu" or _is_small(workload.optim) else (SMALL_OPTIMIZER,)
+    small = _smaller_optimizers(workload)
     fastest = fastest_that_fits(workload, card, optimizers=small)
     if fastest is not None and fastest != workload:
         faster = _speed(fastest, card) >= WORTHWHILE * _speed(workload, card)
@@ -196,12 +227,37 @@ def _suggestions(workload: Workload, card: Card, *, fits: bool) -> Iterator[Sugg
         yield _suggestion(why, workload, leanest.with_(length=longest), card)
 
 
+def _fits(workload: Workload, free_bytes: int) -> bool:
+    return estimate(workload).needed_bytes <= free_bytes
+
+
+def _fewest_recomputed(workload: Workload, free_bytes: int) -> Workload | None:
+    """The run with as few checkpointed layers as fit, the first ones; None where not even all of them do."""
+    none = workload.with_(checkpointing=False, checkpointed_layers=None)
+    every = workload.with_(checkpointing=True, checkpointed_layers=None)
+    if _fits(none, free_bytes):
+        return none
+    if not _fits(every, free_bytes):
+        return None
+    low, high = 0, len(workload.layers)  # `low` does not fit, `high` does
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = _fits(every.with_(checkpointed_layers=middle), free_bytes)
+        low, high = (low, middle) if fits else (middle, high)
+    return every if high == len(workload.layers) else every.with_(checkpointed_layers=high)
+
+
+def _smaller_optimizers(workload: Workload) -> tuple[str, ...]:
+    return () if workload.device == "cpu" or _is_small(workload.optim) else (SMALL_OPTIMIZER,)
+
+
 def _leanest(workload: Workload, *optimizers: str) -> Workload:
     """One row at a time, checkpointing, and the smaller optimizer if there is one to take."""
     return workload.with_(
         batch_size=1,
         accumulation=workload.effective_batch,
         checkpointing=True,
+        checkpointed_layers=None,
         eval_batch_size=min(workload.eval_batch_size, 1),
         optim=optimizers[0] if optimizers else workload.optim,
     )
@@ -215,22 +271,19 @@ def _suggestion(why: str, before: Workload, after: Workload, card: Card) -> Sugg
 def _candidates(workload: Workload, optimizers: Sequence[str], free_bytes: int) -> Iterator[Workload]:
     rows = workload.effective_batch
     for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
-        for checkpointing in (False, True):
-            for optim in optimizers:
-                candidate = workload.with_(
-                    batch_size=batch_size,
-                    accumulation=rows // batch_size,
-                    checkpointing=checkpointing,
-                    optim=optim,
-                )
-                yield _with_validation_that_fits(candidate, free_bytes)
+        for optim in optimizers:
+            candidate = workload.with_(batch_size=batch_size, accumulation=rows // batch_size, optim=optim)
+            fewest = _fewest_recomputed(candidate.with_(eval_batch_size=0), free_bytes)
+            if fewest is None:
+                continue
+            for recomputed in {fewest.checkpointed_layers, None} if fewest.checkpointing else {None}:
+                again = candidate.with_(checkpointing=fewest.checkpointing, checkpointed_layers=recomputed)
+                yield _with_validation_that_fits(again, free_bytes)
 
 
 def _with_validation_that_fits(workload: Workload, free_bytes: int) -> Workload:
-    while workload.eval_batch_size > 1 and estimate(workload).peak_bytes > free_bytes:
-        training = estimate(workload.with_(eval_batch_size=0)).peak_bytes
-        if training > free_bytes:
-            break
+    """With the validation batch halved until it fits; the training of ``workload`` does."""
+    while workload.eval_batch_size > 1 and not _fits(workload, free_bytes):
         workload = workload.with_(eval_batch_size=workload.eval_batch_size // 2)
     return workload
 
@@ -246,4 +299,6 @@ def _is_small(optim: str) -> bool:
 
 
 def _as_yaml(value: Any) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)

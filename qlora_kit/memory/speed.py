@@ -14,7 +14,8 @@ def operations_per_token(workload: Workload) -> float:
     """Floating-point operations for each token of a training step.
 
     With N the weights of the linear layers, h those of the head, P those of the adapter and a = S·heads·head_dim·layers
-    for attention that skips what causality masks: 4N + 6h + 6P + 7a without checkpointing, 6N + 6h + 8P + 9a with it.
+    for attention that skips what causality masks: 4N + 6h + 6P + 7a without checkpointing, 6N + 6h + 8P + 9a with it,
+    and of k of L layers that share of the difference.
     Two for forward and two for the gradient of the inputs; the frozen weights get no gradient, the adapter does. Of 6h,
     2h are TRL's chunked loss, which computes the logits again in the backward pass.
     """
@@ -22,9 +23,12 @@ def operations_per_token(workload: Workload) -> float:
     linear = linear_weights(workload.architecture)
     head = architecture.vocab_size * architecture.hidden_size
     attention = workload.length * architecture.heads * architecture.head_dim * architecture.layers
-    if workload.checkpointing:
-        return 6 * linear + 6 * head + 8 * workload.trainable + 9 * attention
-    return 4 * linear + 6 * head + 6 * workload.trainable + 7 * attention
+    again = 2 * _recomputed_share(workload) * (linear + workload.trainable + attention)
+    return 4 * linear + 6 * head + 6 * workload.trainable + 7 * attention + again
+
+
+def _recomputed_share(workload: Workload) -> float:
+    return workload.recomputed / len(workload.layers)
 
 
 def tokens_per_second(workload: Workload, card: Card) -> float | None:
@@ -36,7 +40,7 @@ def tokens_per_second(workload: Workload, card: Card) -> float | None:
     if card.tflops is None or card.gigabytes_per_second is None:
         return None
     computing = workload.tokens * operations_per_token(workload) / (card.tflops * 1e12)
-    passes = 3 if workload.checkpointing else 2
+    passes = 2 + _recomputed_share(workload)
     pass_bytes = _FOUR_BIT_PASS_BYTES if workload.load_in_4bit else _SIXTEEN_BIT_PASS_BYTES
     reading = passes * pass_bytes * linear_weights(workload.architecture) / (card.gigabytes_per_second * 1e9)
     return workload.tokens / (computing + reading)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from qlora_kit.adapters.lora_settings import LoraSettings
 from qlora_kit.architecture import Architecture
 from qlora_kit.config import LoraSection, RunConfig
+from qlora_kit.launched import process_count
 
 Device = Literal["cuda", "cpu"]
 DEFAULT_EVAL_BATCH = 8  # transformers' TrainingArguments.per_device_eval_batch_size
@@ -57,6 +58,7 @@ class Workload:
         eval_batch_size: Rows of a validation batch; 0 without validation.
         eval_length: Tokens of its longest row; 0 for ``length``.
         checkpointing: Whether activations are computed again in the backward pass.
+        checkpointed_layers: Of so many blocks, the first ones; None for all. Without ``checkpointing`` of none.
         optim: transformers' name of the optimizer.
         load_in_4bit: Whether the linear layers are 4-bit codes.
         double_quant: Whether the scales of the codes are quantized too.
@@ -66,6 +68,7 @@ class Workload:
         packing: Whether rows are put together to sequences of ``length``.
         dropout: Whether there is dropout before ``lora_A``.
         use_dora: Whether the pairs are DoRA's.
+        shards: Over how many processes the linear layers of the base are split (``train.shard_base``).
         full_logits: Whether the loss needs all logits at once (label smoothing).
         uncounted: Settings that change memory in ways that are not counted.
     """
@@ -80,6 +83,7 @@ class Workload:
     eval_length: int = 0
     most_rows: int = 0
     checkpointing: bool = False
+    checkpointed_layers: int | None = None
     optim: str = "adamw_torch"
     load_in_4bit: bool = True
     double_quant: bool = True
@@ -89,6 +93,7 @@ class Workload:
     packing: bool = False
     dropout: bool = False
     use_dora: bool = False
+    shards: int = 1
     full_logits: bool = False
     uncounted: tuple[str, ...] = ()
 
@@ -101,6 +106,13 @@ class Workload:
     def rows(self) -> int:
         """Of a micro-batch: no more than there are."""
         return min(self.batch_size, self.most_rows) if self.most_rows else self.batch_size
+
+    @property
+    def recomputed(self) -> int:
+        """How many blocks, from the first on, keep their input alone and are computed again."""
+        if not self.checkpointing:
+            return 0
+        return len(self.layers) if self.checkpointed_layers is None else min(self.checkpointed_layers, len(self.layers))
 
     @property
     def effective_batch(self) -> int:
@@ -117,6 +129,10 @@ class Workload:
     def kinds(self) -> Counter[tuple[Pair, ...]]:
         """Blocks of different pairs, and how many there are of each; mostly one."""
         return Counter(self.layers)
+
+    def kinds_of(self, first: int, last: int) -> Counter[tuple[Pair, ...]]:
+        """As ``kinds``, of the blocks from ``first`` up to before ``last``."""
+        return Counter(self.layers[first:last])
 
     @property
     def masked(self) -> bool:
@@ -167,6 +183,7 @@ def workload_of(
         accumulation=train.gradient_accumulation_steps,
         eval_batch_size=more.get("per_device_eval_batch_size", DEFAULT_EVAL_BATCH) if validates else 0,
         checkpointing=train.gradient_checkpointing,
+        checkpointed_layers=train.checkpointed_layers,
         optim=train.optim,
         load_in_4bit=load_in_4bit,
         double_quant=double_quant,
@@ -176,6 +193,7 @@ def workload_of(
         packing=train.packing,
         dropout=config.lora.lora_dropout > 0,
         use_dora=config.lora.use_dora,
+        shards=process_count() if train.shard_base else 1,
         full_logits=more.get("label_smoothing_factor", 0.0) > 0,
         uncounted=tuple(
             f"train.{name}" for name, usual in _UNCOUNTED.items() if more.get(name, usual) not in (usual, None)

@@ -22,13 +22,18 @@ _STYLES = {
 }
 
 
+def can_plot() -> bool:
+    """Whether the library is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def require_matplotlib() -> None:
     """Refuse to begin without the library.
 
     Raises:
         ConfigError: It is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_plot():
         raise ConfigError(
             "PNG plots need matplotlib, which is not installed",
             expected="the extra report",

@@ -1,17 +1,13 @@
-"""What watches a training run: progress for people, a clean stop on a signal, a stop at the first non-finite value."""
+"""What watches a training run: progress for people, smaller pieces where memory ends, a stop at what is not finite."""
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_kit.errors import GuardError
 from qlora_kit.training.batch_rows import longest_rows, row_pieces, sources_of_batches
+from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.checkpoints import checkpoints
 from qlora_kit.training.exact_trainer import ExactTrainer
 from qlora_kit.training.peak_memory import peak_memory_bytes
+from qlora_kit.training.processes import from_main, gathered, raised_in_all
+from qlora_kit.training.run_facts import StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from transformers.trainer_utils import EvalLoopOutput
 
     from qlora_kit.training.task_metric import TaskMetric
-
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class TrainingProgress:
         loss: Mean training loss since the last log line; None before the first.
         eval_loss: Latest validation loss; None before the first.
         learning_rate: Of the last step.
-        tokens: Tokens that went through the model in this process's part of the run, padding left out.
+        tokens: Tokens that went through the model since the program was started, padding left out.
         seconds: Since that part began.
         peak_bytes: Peak memory so far: allocated on the GPU, else resident in the process.
     """
@@ -103,35 +100,6 @@ class ProgressCallback(TrainerCallback):
         )
 
 
-class StopOnSignal:
-    """Notes SIGINT or SIGTERM; the trainer stops before its next micro-batch."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-
-    def wanted(self) -> bool:
-        """Whether one of them came."""
-        return self.received is not None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch the signals inside the block; a second one ends the process at once as usual."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._receive) for number in EXIT_CODES}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        for caught in EXIT_CODES:
-            signal.signal(caught, signal.SIG_DFL if caught != signal.SIGINT else signal.default_int_handler)
-
-
 class GuardedTrainer(ExactTrainer):
     """Stopped within the step by the first loss, gradient or trained weight that is not finite.
 
@@ -141,17 +109,15 @@ class GuardedTrainer(ExactTrainer):
 
     task_metric: TaskMetric | None = None
     """What each evaluation measures beside the loss."""
+    checkpointed_layers: int | None = None
+    """How many layers, from the first on, gradient checkpointing is for; None for all."""
     label_smoother: Callable[..., torch.Tensor] | None
     tokens_seen = 0
-    """Tokens that went through the model in this process's part of the run, padding left out."""
+    """Tokens that went through the model since the program was started, in all its processes, padding left out."""
 
     _step_batches: Sequence[dict[str, Any]] = ()  # the micro-batches of the optimizer step under way
     _done_batches = 0  # how many of them
     _piece: Mapping[str, Any]  # what went through the model last
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self.add_callback(_AfterOptimizerStep(self))
-        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -164,10 +130,14 @@ class GuardedTrainer(ExactTrainer):
         mask = inputs.get("attention_mask")  # packed rows have none, and no padding
         tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
         loss = self._within_memory(model, inputs, *args, **kwargs)
-        self.tokens_seen += tokens
         self._done_batches += 1
-        if not torch.isfinite(loss):
-            raise self._not_finite(f"the loss became {loss.item()}", [inputs])
+        # Of all processes: one number for both, so that they meet once.
+        both = torch.stack([loss.detach().double(), loss.new_tensor(tokens, dtype=torch.float64)])
+        loss_of_all, tokens_of_all = self.accelerator.reduce(both).tolist()
+        self.tokens_seen += int(tokens_of_all)
+        if not math.isfinite(loss_of_all):
+            here = [] if torch.isfinite(loss) else [inputs]
+            raise self._not_finite(f"the loss became {loss_of_all}", here)
         return loss
 
     def _within_memory(
@@ -210,24 +180,32 @@ class GuardedTrainer(ExactTrainer):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         step = self.state.global_step + 1
+        if self.accelerator.num_processes > 1:  # the others take part in each backward pass, and know of no pieces
+            raise self._out_of_memory(step, reason, saved=bool(checkpoints(Path(self.args.output_dir))))
         if len(row_pieces(inputs, 2 * self.pieces)) > len(row_pieces(inputs, self.pieces)):
             self.pieces *= 2
             logger.warning("step %d: out of memory; micro-batches are split into %d from now on", step, self.pieces)
-        elif not (self.recomputes or self.args.gradient_checkpointing):
+        elif not self.recomputes and (not self.args.gradient_checkpointing or self.checkpointed_layers is not None):
             self.recompute_activations()
             logger.warning("step %d: out of memory; activations are computed again from now on", step)
         else:
-            saved = self.save_stopped()
-            rows = "; ".join(sources_of_batches(self.facts.rows, [self._piece]))
-            raise GuardError(
-                f"out of memory in step {step}, on the rows {rows} ({reason})",
-                expected="memory for one row, its activations computed again",
-                fix="lower train.max_length or lora.r, or free memory on the device"
-                + ("; the steps before are saved: go on with --resume" if saved else ""),
-            )
+            raise self._out_of_memory(step, reason, saved=self.save_stopped())
+
+    def _out_of_memory(self, step: int, reason: str, *, saved: bool) -> GuardError:
+        rows = "; ".join(sources_of_batches(self.facts.rows, [self._piece]))
+        several = self.accelerator.num_processes > 1
+        smaller = "train.per_device_train_batch_size, train.max_length" if several else "train.max_length"
+        return GuardError(
+            f"out of memory in step {step}, on the rows {rows} ({reason})",
+            expected="memory for a micro-batch" if several else "memory for one row, its activations computed again",
+            fix=f"lower {smaller} or lora.r, or free memory on the device"
+            + ("; earlier steps are saved: go on with --resume" if saved else ""),
+        )
 
     def restore_position(self) -> None:
-        super().restore_position()
+        if self.args.gradient_checkpointing and self.checkpointed_layers is not None:
+            checkpoint_first_layers(self.model, self.checkpointed_layers)
+        super().restore_position()  # which turns it on for all layers where memory had run out before
         if self.facts.probe:
             self._probe_longest_batch()
 
@@ -252,8 +230,8 @@ class GuardedTrainer(ExactTrainer):
             raise self._not_finite(f"the gradient's norm became {float(norm)}", self._step_batches)
         return norm
 
-    def require_finite_weights(self) -> None:
-        """After an optimizer step.
+    def after_optimizer_step(self) -> None:
+        """Look at the weights, before anything is made of them.
 
         Raises:
             GuardError: A trained weight is NaN or infinite.
@@ -266,12 +244,13 @@ class GuardedTrainer(ExactTrainer):
         raise self._not_finite(what, self._step_batches)
 
     def _not_finite(self, what: str, batches: Sequence[Mapping[str, Any]]) -> GuardError:
-        rows = "; ".join(sources_of_batches(self.facts.rows, batches))
-        return GuardError(
+        rows = "; ".join(gathered(sources_of_batches(self.facts.rows, batches)))
+        error = GuardError(
             f"{what} in step {self.state.global_step + 1}, on the rows {rows}",
             expected="a finite loss, gradient and weights",
             fix="lower train.learning_rate, or look at these rows" + self._what_is_kept(),
         )
+        return raised_in_all(error)
 
     def _what_is_kept(self) -> str:
         return "; the last checkpoint is kept" if checkpoints(Path(self.args.output_dir)) else ""
@@ -285,27 +264,32 @@ class GuardedTrainer(ExactTrainer):
             self.args.loss_type, self.label_smoother = loss_type, smoother
         loss = metrics["eval_loss"]
         if not math.isfinite(loss):
-            raise GuardError(
+            error = GuardError(
                 f"the validation loss became {loss} after step {self.state.global_step}",
                 expected="a finite loss",
                 fix="lower train.learning_rate, or look at the validation rows" + self._what_is_kept(),
             )
+            raise raised_in_all(error)
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
         if self.task_metric is not None:
-            output.metrics[self.task_metric.key] = self.task_metric.measure(self.model)
+            metric = self.task_metric
+            value = from_main(lambda: self._measured(metric))
+            if value is None:
+                raise StopRequested
+            output.metrics[metric.key] = value
         return output
 
+    def _measured(self, metric: TaskMetric) -> float | None:
+        """The metric; None where a signal came to this process, which alone measures."""
 
-class _AfterOptimizerStep(TrainerCallback):
-    """Has the trainer look at its weights before anything is made of them."""
+        def interrupt() -> None:
+            if self.facts.stop_wanted():
+                raise StopRequested
 
-    def __init__(self, trainer: GuardedTrainer) -> None:
-        self._trainer = trainer
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.require_finite_weights()
+        try:
+            return metric.measure(self.model, interrupt=interrupt)
+        except StopRequested:
+            return None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
@@ -23,6 +23,7 @@ from qlora_kit.training.checkpoints import (
     write_manifest,
 )
 from qlora_kit.training.configured_rates import ConfiguredRates
+from qlora_kit.training.moments import Moments
 from qlora_kit.training.position import EPOCH_RANDOM_FILE, Position, RandomState, Sums
 from qlora_kit.training.run_facts import RunFacts, StopRequested
 
@@ -32,23 +33,6 @@ if TYPE_CHECKING:
 
 class _NothingLeft(Exception):
     """The resumed step was the last one."""
-
-
-class _Landmarks(TrainerCallback):
-    """Tells the trainer when its sums have been set to zero, and when an epoch has ended."""
-
-    def __init__(self, trainer: ExactTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.restore_position()
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.note_epoch_end()
 
 
 class ExactTrainer(SFTTrainer):
@@ -83,7 +67,7 @@ class ExactTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             self._resumed_from = Path(resume_from_checkpoint)
             self.args.eval_on_start = False  # the run that was stopped has made it
-        self.add_callback(_Landmarks(self))
+        self.add_callback(Moments(self.restore_position, self.after_optimizer_step, self.note_epoch_end))
         self._began = time.time()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -98,17 +82,29 @@ class ExactTrainer(SFTTrainer):
         return super().prediction_step(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As TRL's; whatever goes wrong in it, the steps before it are saved."""
         self._mark()
-        return super().evaluate(*args, **kwargs)
+        done = False
+        try:
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            done = True
+        finally:
+            if not done and self.accelerator.num_processes == 1:  # of several, the others may not know of it
+                self.save_stopped()
+        return metrics
 
     def _stop_if_wanted(self) -> None:
         """Leave the loop, in all processes at once."""
+        if self.stop_wanted():
+            raise StopRequested
+
+    def stop_wanted(self) -> bool:
+        """Whether a signal came, to any process; each must ask."""
         wanted = self.facts.stop_wanted()
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(wanted), device=self.accelerator.device)
             wanted = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        if wanted:
-            raise StopRequested
+        return wanted
 
     def save_stopped(self) -> bool:
         """After ``StopRequested``: save the state after the last optimizer step, if that is not on disk already.
@@ -279,6 +275,7 @@ class ExactTrainer(SFTTrainer):
             if main:
                 self._complete_checkpoint(written / target.name, written, position)
         self.accelerator.wait_for_everyone()
+        self._name_best()
         self._saved_step = step
         if main:
             self._saved_bytes = size_bytes(target)
@@ -290,8 +287,7 @@ class ExactTrainer(SFTTrainer):
             path.rename(checkpoint / path.name)
         written.rmdir()
         (checkpoint / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nothing reads
-        best = self._best_step()
-        self.state.best_model_checkpoint = None if best is None else f"{self.args.output_dir}/checkpoint-{best}"
+        best = self._name_best()
         self.state.save_to_json(str(checkpoint / TRAINER_STATE_NAME))
         position.write(checkpoint)
         if self._epoch_random is not None:
@@ -309,7 +305,7 @@ class ExactTrainer(SFTTrainer):
             epoch_end=last_of_epoch and not self._epoch_over,
             grad_norm=self._last_step[0],
             learning_rate=self._last_step[1],
-            running_loss=self._tr_loss.item(),
+            running_loss=self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
             total_loss=self._total_loss_scalar,
             last_logged_step=self._globalstep_last_logged,
             metrics={name: list(values) for name, values in self._metrics["train"].items()},
@@ -318,6 +314,9 @@ class ExactTrainer(SFTTrainer):
             pieces=self.pieces,
             recomputes=self.recomputes,
         )
+
+    def after_optimizer_step(self) -> None:
+        """Nothing; for what must be looked at before anything is made of the new weights."""
 
     def note_epoch_end(self) -> None:
         """What is saved from now on owes no end of the epoch."""
@@ -341,12 +340,12 @@ class ExactTrainer(SFTTrainer):
         self._initial_global_step = 0  # the mean loss is that of the whole run
         self._metrics["train"] = defaultdict(list, position.metrics)
         self._total_train_tokens = position.tokens
-        best = self._best_step()  # the run folder may have been moved
-        self.state.best_model_checkpoint = None if best is None else f"{self.args.output_dir}/checkpoint-{best}"
+        self._name_best()  # the run folder may have been moved
 
-    def _best_step(self) -> int | None:
-        """The step of the best adapter so far, if it has a checkpoint."""
-        best = self.state.best_global_step
-        if best is None or best == self.state.global_step:
-            return best
-        return best if Path(self.args.output_dir, f"checkpoint-{best}").is_dir() else None
+    def _name_best(self) -> int | None:
+        """The step of the best adapter so far, if it has a checkpoint, whose name the state then knows."""
+        best, folder = self.state.best_global_step, self.args.output_dir
+        if best != self.state.global_step and not Path(folder, f"checkpoint-{best}").is_dir():
+            best = None
+        self.state.best_model_checkpoint = None if best is None else f"{folder}/checkpoint-{best}"
+        return best

@@ -12,18 +12,17 @@ import torch
 from transformers import PrinterCallback
 from trl import SFTConfig
 
-from qlora_kit.errors import GuardError, Interrupted, QloraKitError
-from qlora_kit.training.callbacks import (
-    EXIT_CODES,
-    GuardedTrainer,
-    ProgressCallback,
-    StopOnSignal,
-    TrainingProgress,
-)
+from qlora_kit.errors import GuardError, Interrupted
+from qlora_kit.launched import is_main_process
+from qlora_kit.training.callbacks import GuardedTrainer, ProgressCallback, TrainingProgress
 from qlora_kit.training.checkpoints import Resumption
+from qlora_kit.training.processes import raised_in_all
 from qlora_kit.training.reporters import reporting
 from qlora_kit.training.run_facts import RunFacts, StopRequested
+from qlora_kit.training.schedule import check_schedule, steps_of_run
 from qlora_kit.training.settings import Start
+from qlora_kit.training.sharding import shard_base
+from qlora_kit.training.stopping import StopOnSignal
 from qlora_kit.training.strategies import Strategies, take_up_stopped_run
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ def fit(
     *,
     strategies: Strategies,
     start: Start,
+    stop: StopOnSignal,
     resumption: Resumption | None,
     progress: Callable[[TrainingProgress], None] | None,
 ) -> tuple[GuardedTrainer, float]:
@@ -52,6 +52,7 @@ def fit(
         rows: To train on, and for the validation loss.
         strategies: What the run does beyond TRL's trainer.
         start: What the run begins with.
+        stop: Notes a signal.
         resumption: The checkpoint to go on from, or None.
         progress: Told after every step.
 
@@ -61,7 +62,6 @@ def fit(
     """
     import datasets
 
-    stop = StopOnSignal()
     datasets.disable_progress_bars()
     checkpoint = None if resumption is None else resumption.checkpoint
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -86,29 +86,41 @@ def fit(
         trainer.add_callback(ProgressCallback(progress, tokens_seen=lambda: trainer.tokens_seen))
     trainer.remove_callback(PrinterCallback)  # it writes to stdout, which holds results only
     _put_back_master_weights(model, masters)
+    if arguments.packing:  # only now it is known how many sequences there are
+        steps = steps_of_run(arguments, len(trainer.train_dataset), processes=trainer.accelerator.num_processes)
+        check_schedule(strategies.section, arguments, steps)
     strategies.attach(trainer)
+    if strategies.section.shard_base:
+        shard_base(model, model.device)
     began = time.monotonic()
     if checkpoint is not None and strategies.had_stopped_at(checkpoint):
         take_up_stopped_run(trainer, checkpoint)
         return trainer, time.monotonic() - began
     folder = Path(arguments.output_dir)
-    with stop.listening(), reporting(arguments.report_to, folder, name=arguments.run_name or folder.name):
+    reporters = arguments.report_to if is_main_process() else ()
+    with stop.listening(), reporting(reporters, folder, name=arguments.run_name or folder.name):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except StopRequested:
             trainer.save_stopped()
-            raise _interrupted(stop, trainer) from None
+            raise _stopped(stop, trainer) from None
         except torch.OutOfMemoryError as error:  # in an evaluation: training steps make room by themselves
             raise _no_room_to_evaluate(trainer, str(error).splitlines()[0]) from error
-    if stop.received is not None and trainer.on_disk:  # otherwise what was trained would be lost
-        raise _interrupted(stop, trainer)
+    if trainer.stop_wanted() and trainer.on_disk:  # otherwise what was trained would be lost
+        raise _stopped(stop, trainer)
     seconds = time.monotonic() - began
     _require_finite_weights(model)
     return trainer, seconds
 
 
+def _stopped(stop: StopOnSignal, trainer: GuardedTrainer) -> Interrupted:
+    state = trainer.state
+    return raised_in_all(stop.in_training(step=state.global_step, steps=state.max_steps, saved=trainer.on_disk))
+
+
 def _no_room_to_evaluate(trainer: GuardedTrainer, reason: str) -> GuardError:
-    saved = trainer.save_stopped()
+    alone = trainer.accelerator.num_processes == 1  # the others take part in saving, and know of nothing
+    saved = trainer.save_stopped() if alone else trainer.on_disk
     return GuardError(
         f"out of memory in the evaluation after step {trainer.state.global_step} ({reason})",
         expected="memory for a batch of validation rows, or of answers to them",
@@ -137,16 +149,3 @@ def _require_finite_weights(model: PeftModel) -> None:
             expected="finite weights",
             fix="lower train.learning_rate",
         )
-
-
-def _interrupted(stop: StopOnSignal, trainer: GuardedTrainer) -> QloraKitError:
-    signal_name = "a signal to another process" if stop.received is None else stop.received.name
-    saved = trainer.on_disk
-    error = Interrupted(
-        f"stopped by {signal_name} after step {trainer.state.global_step} of {trainer.state.max_steps}",
-        expected="the run to end by itself",
-        fix="go on from the checkpoint of this step with --resume" if saved else "start again: no step was done yet",
-    )
-    if stop.received is not None:
-        error.exit_code = EXIT_CODES[stop.received]
-    return error

@@ -14,9 +14,10 @@ from qlora_kit.config import RunConfig
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.errors import ConfigError
 from qlora_kit.host_memory import free_memory_bytes
+from qlora_kit.launched import count_on_this_machine
 from qlora_kit.memory.cards import GIB, Card, known_card
-from qlora_kit.memory.estimate import CUDA_CONTEXT_BYTES
-from qlora_kit.memory.planner import Plan, changes, fastest_that_fits, make_plan
+from qlora_kit.memory.estimate import CUDA_CONTEXT_BYTES, MARGIN
+from qlora_kit.memory.planner import Plan, Suggestion, changes, fastest_that_fits, make_plan
 from qlora_kit.memory.workload import Workload, workload_of
 from qlora_kit.training.settings import Start
 
@@ -30,6 +31,7 @@ ADAPTED = (
     "gradient_accumulation_steps",
     "per_device_eval_batch_size",
     "gradient_checkpointing",
+    "checkpointed_layers",
 )
 """The keys of ``train`` that ``train.memory=auto`` may change."""
 
@@ -101,22 +103,27 @@ def does_not_fit(plan: Plan) -> ConfigError:
         f"  {suggestion.why} ({suggestion.peak_bytes / GIB:.1f} GiB):\n    " + "\n    ".join(suggestion.yaml_lines)
         for suggestion in whole_rows or plan.suggestions
     )
-    smaller = "a smaller base or a larger card: the base and its adapter alone take more"
+    least = "" if plan.smallest is None else f": not even {_as_little(plan.smallest)} fits"
     return ConfigError(
-        f"train: the run needs about {plan.estimate.peak_bytes / GIB:.1f} GiB, "
+        f"train: the run needs about {plan.estimate.needed_bytes / GIB:.1f} GiB ({MARGIN:.0%} margin counted), "
         f"and {place} ({plan.card.name}) has {plan.card.free_bytes / GIB:.1f} GiB free",
         expected="a run that fits, by its prediction for the longest row",
         fix=f"change the config:\n{lines}\n  or set train.memory=auto, or train.memory=ignore to try anyway"
         if lines
-        else f"take {smaller}; train.memory=ignore tries anyway",
+        else f"take a smaller base or a larger card{least}; train.memory=ignore tries anyway",
     )
+
+
+def _as_little(smallest: Suggestion) -> str:
+    settings = ", ".join(f"{key}={json.dumps(value)}" for key, value in smallest.changes.items())
+    return f"{settings or 'the smallest settings'} ({smallest.peak_bytes / GIB:.1f} GiB)"
 
 
 def _card(device: torch.device) -> Card | None:
     """The GPU with what is free of it now, or the host's free memory; None where that is not known."""
     if device.type != "cuda":
         free = free_memory_bytes()
-        return None if free is None else Card("host memory", free)
+        return None if free is None else Card("host memory", free // count_on_this_machine())
     import torch
 
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)

@@ -19,6 +19,7 @@ EXTRAS = ("tensorboard", "wandb")
 NOWHERE = "none"
 LOG_FOLDER = "runs"
 WANDB_PROJECT = "qlora-kit"
+_NEVER_LISTED = ("azure_ml", "flyte")  # transformers' list of what is installed does not say it of these
 
 
 def require_reporters(names: Sequence[str]) -> None:
@@ -27,10 +28,14 @@ def require_reporters(names: Sequence[str]) -> None:
     Raises:
         ConfigError: With the line that installs what is missing.
     """
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     if tuple(names) in ((), (NOWHERE,)):
         return
+    installed = {*get_available_reporting_integrations(), *_NEVER_LISTED}
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ConfigError(
@@ -38,15 +43,21 @@ def require_reporters(names: Sequence[str]) -> None:
                 expected=f"none alone, or some of {', '.join(INTEGRATION_TO_CALLBACK)}",
                 fix="leave none out" if name == NOWHERE else advice(name, INTEGRATION_TO_CALLBACK),
             )
+        if name not in installed:  # a half-made callback of some of them complains once more when it is deleted
+            raise _unusable(name)
         try:
             INTEGRATION_TO_CALLBACK[name]()
-        except (ImportError, RuntimeError) as error:  # transformers' way to say that the library is missing
-            install = f"pip install 'qlora-kit[{name}]'" if name in EXTRAS else str(error)
-            raise ConfigError(
-                f"train.report_to is {name}, whose library cannot be used",
-                expected=f"the library of {name}, installed",
-                fix=f"{install}; or set train.report_to=none",
-            ) from error
+        except (ImportError, RuntimeError, ValueError) as error:  # transformers' ways to say that something is missing
+            raise _unusable(name, f": {error}") from error
+
+
+def _unusable(name: str, reason: str = "") -> ConfigError:
+    install = f"pip install 'qlora-kit[{name}]'" if name in EXTRAS else f"install the library of {name}"
+    return ConfigError(
+        f"train.report_to is {name}, whose library cannot be used{reason}",
+        expected=f"the library of {name}, installed",
+        fix=f"{install}; or set train.report_to=none",
+    )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.data.preparing import tell_notes
 from qlora_kit.data.tokenised_data import TokenisedData, tokenised_data
 from qlora_kit.errors import ConfigError
+from qlora_kit.launched import is_main_process
 from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
@@ -33,16 +34,17 @@ from qlora_kit.models import (
 from qlora_kit.report import Sample, write_report
 from qlora_kit.stop_token import TokenRows, choose_token_rows
 from qlora_kit.token_rows import show_bias_of_head
-from qlora_kit.training.callbacks import (
-    TrainingProgress,
-)
+from qlora_kit.training.callbacks import TrainingProgress
+from qlora_kit.training.checkpointed_layers import require_layers
 from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
 from qlora_kit.training.fitting import fit
 from qlora_kit.training.memory_check import begun_with, within_memory
+from qlora_kit.training.processes import from_main, join_processes, main_first
 from qlora_kit.training.reporters import require_reporters
 from qlora_kit.training.resuming import resume_run
+from qlora_kit.training.run_facts import StopRequested
 from qlora_kit.training.run_folder import (
     clear_run_folder,
     leave_nothing_unfinished,
@@ -52,9 +54,12 @@ from qlora_kit.training.run_folder import (
     run_folder_lock,
 )
 from qlora_kit.training.samples import sample_answers
+from qlora_kit.training.schedule import check_schedule, steps_of_run
 from qlora_kit.training.settings import Start, portable
+from qlora_kit.training.sharding import require_shardable
 from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, require_fitting_start
 from qlora_kit.training.stop_rate import stop_rate
+from qlora_kit.training.stopping import StopOnSignal
 from qlora_kit.training.strategies import checked_strategies
 
 if TYPE_CHECKING:
@@ -84,7 +89,7 @@ class TrainResult:
         supervised_tokens: Tokens of one epoch that the loss sees.
         trainable_parameters: Numbers trained.
         trained_token_rows: Module to the token ids whose rows of it were trained too; None for none.
-        peak_bytes: Peak memory: allocated on the GPU, else resident in the process.
+        peak_bytes: Peak memory of the main process: allocated on its GPU, else resident.
         resumed_from: The checkpoint it went on from, or None.
         seconds: Training time.
         history: Log lines, oldest first.
@@ -143,36 +148,40 @@ def train(
         raise ConfigError(
             "--allow-changed without --resume", expected="a run to resume", fix="leave it out, or add --resume"
         )
-    open_run_folder(folder, resume=resume, overwrite=overwrite)
-    described = resolve_description(config.model.base, config.model.revision)
+    device = default_device()
+    join_processes(device)
+    from_main(lambda: open_run_folder(folder, resume=resume, overwrite=overwrite))
+    described = main_first(lambda: resolve_description(config.model.base, config.model.revision))
     config = config.model_copy(update={"quantization": base_quantization(described, config.quantization)})
     tokenizer = load_tokenizer(described)
     config, earlier = with_earlier_adapter(config, described)
-    data = tokenised_data(config, tokenizer)
-    data.require_usable()
+    data = main_first(lambda: _usable_data(config, tokenizer))
     tell_notes(data.ledger)
     if resume:
         config = begun_with(config, folder)
-    device = default_device()
-    config = within_memory(config, described, data.ledger, device=device, adapt=not resume)
+    config = from_main(lambda: within_memory(config, described, data.ledger, device=device, adapt=not resume))
     arguments = _sft_config(config, device)
     strategies = checked_strategies(config, arguments, device, tokenizer)
-    ref = resolve_base(config.model.base, config.model.revision)
+    if data.train is not None and not config.train.packing:  # `fit` knows how many sequences packing makes
+        steps = steps_of_run(arguments, len(data.train), processes=arguments.world_size)
+        check_schedule(config.train, arguments, steps)
+    ref = main_first(lambda: resolve_base(config.model.base, config.model.revision))
     start = Start.of(config, tokenizer, ref, device)
     resumption = None
     if resume:
-        start, resumption = resume_run(config, folder, start, allow_changed=allow_changed)
+        now = start
+        start, resumption = main_first(lambda: resume_run(config, folder, now, allow_changed=allow_changed))
     require_target_modules(ref, config.lora)
+    require_layers(config.train, ref)
+    require_shardable(config, ref)
     require_fitting_start(config, ref, tokenizer, earlier)
     require_space_for_run(
         folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), kept_checkpoints=config.train.save_total_limit
     )
     checkpoint = None if resumption is None else resumption.checkpoint
     model, quantization = _load_model(config, ref, tokenizer, data, device=device, earlier=earlier, resumed=checkpoint)
-    if resumption is None:
-        with run_folder_lock(folder):
-            clear_run_folder(folder)
-    start.write(folder)
+    from_main(lambda: _begin(folder, start, anew=resumption is None))
+    stop = StopOnSignal()
     try:
         with run_folder_lock(folder), full_disk_errors(folder):
             trainer, seconds = fit(
@@ -182,11 +191,10 @@ def train(
                 (data.train, data.validation),
                 strategies=strategies,
                 start=start,
+                stop=stop,
                 resumption=resumption,
                 progress=progress,
             )
-            metrics = run_figures(trainer, data, seconds) | {"stop_rate": _stop_rate(model, config, data, tokenizer)}
-            note_speed(config.model.base, device, metrics["tokens_per_second"])
             trained = Trained(
                 config=config,
                 ref=ref,
@@ -194,15 +202,14 @@ def train(
                 tokenizer=tokenizer,
                 quantization=quantization,
                 ledger=data.ledger,
-                metrics=metrics,
+                metrics=run_figures(trainer, data, seconds),
                 history=tuple(trainer.state.log_history),
                 continued_from=None if earlier is None else earlier.origin,
-                samples=_samples(model, config, data, tokenizer),
             )
-            publish(folder, lambda staging: write_run_files(trained, staging))
-            write_report(folder)  # last: whatever becomes of the picture, the adapter is safe
+            metrics = from_main(lambda: _publish(folder, trained, data, stop))
     except BaseException:
-        leave_nothing_unfinished(folder)
+        if is_main_process():
+            leave_nothing_unfinished(folder)
         raise
     return TrainResult(
         output_dir=str(folder),
@@ -212,10 +219,48 @@ def train(
     )
 
 
+def _usable_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenisedData:
+    data = tokenised_data(config, tokenizer)
+    data.require_usable()
+    return data
+
+
+def _begin(folder: Path, start: Start, *, anew: bool) -> None:
+    """Empty the run folder if the run begins anew, and note there what it begins with."""
+    if anew:
+        with run_folder_lock(folder):
+            clear_run_folder(folder)
+    start.write(folder)
+
+
+def _publish(folder: Path, trained: Trained, data: TokenisedData, stop: StopOnSignal) -> dict[str, Any]:
+    """Write the run's files, let the kept adapter answer, and write them with its answers; the figures of the run.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came while it answered; what was trained is complete.
+    """
+    note_speed(trained.config.model.base, trained.model.device, trained.metrics["tokens_per_second"])
+    metrics = trained.metrics | {"stop_rate": None}
+    if data.validation is not None:
+        without = replace(trained, metrics=metrics)
+        publish(folder, lambda staging: write_run_files(without, staging))
+    try:
+        with stop.listening():
+            metrics |= {"stop_rate": _stop_rate(trained, data, stop.raise_if_wanted)}
+            complete = replace(trained, metrics=metrics, samples=_samples(trained, data, stop.raise_if_wanted))
+    except StopRequested:
+        write_report(folder)
+        raise stop.after_the_last_step(folder) from None
+    publish(folder, lambda staging: write_run_files(complete, staging))
+    write_report(folder)  # last: whatever becomes of the picture, the adapter is safe
+    return metrics
+
+
 def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
     """TRL's configuration: the user's fields, and those that the kit decides."""
     dtype = compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
-    arguments = config.sft_arguments()
+    # Every trained weight has its part in every loss; unfreezing, where that is not so, is for one process only.
+    arguments = {"ddp_find_unused_parameters": False} | config.sft_arguments()
     arguments |= {
         "output_dir": config.output_dir,
         "bf16": dtype == torch.bfloat16,
@@ -252,7 +297,7 @@ def _load_model(
     if rows.message is not None:
         logger.warning("%s", rows.message)
     set_seed(config.train.seed)
-    base = load_base_model(ref, config.quantization, device=device)
+    base = load_base_model(ref, config.quantization, device=device, shardable=config.train.shard_base)
     facts = quantization_facts(config.quantization, base)
     start = AdapterStart(earlier, data.train, tokenizer.pad_token_id, resumed, rows.indices)
     model = attach_adapter(base, config, start, ref=ref, quantization=facts)
@@ -260,33 +305,31 @@ def _load_model(
     return model, facts
 
 
-def _stop_rate(
-    model: PeftModel, config: RunConfig, data: TokenisedData, tokenizer: PreTrainedTokenizerBase
-) -> float | None:
+def _stop_rate(trained: Trained, data: TokenisedData, interrupt: Callable[[], None]) -> float | None:
     """Of the adapter that was kept, on the first validation prompts."""
-    rows = config.eval.stop_rate_rows
-    if data.validation is None or not rows:
+    rows = trained.config.eval.stop_rate_rows
+    if data.validation is None or not rows or trained.config.train.shard_base:
         return None
     return stop_rate(
-        model,
+        trained.model,
         data.validation.select(range(min(rows, len(data.validation)))),
-        stop_token_ids=stop_token_ids(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=config.task_spec().max_new_tokens,
+        stop_token_ids=stop_token_ids(trained.tokenizer),
+        pad_token_id=trained.tokenizer.pad_token_id,
+        max_new_tokens=trained.config.task_spec().max_new_tokens,
+        interrupt=interrupt,
     )
 
 
-def _samples(
-    model: PeftModel, config: RunConfig, data: TokenisedData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Sample, ...]:
+def _samples(trained: Trained, data: TokenisedData, interrupt: Callable[[], None]) -> tuple[Sample, ...]:
     """Answers of the base and of the adapter that was kept, for the report."""
-    if data.validation is None or not config.eval.report_samples:
+    if data.validation is None or not trained.config.eval.report_samples or trained.config.train.shard_base:
         return ()
     return sample_answers(
-        model,
+        trained.model,
         data.validation,
-        tokenizer,
-        number=config.eval.report_samples,
-        stop_token_ids=stop_token_ids(tokenizer),
-        max_new_tokens=config.task_spec().max_new_tokens,
+        trained.tokenizer,
+        number=trained.config.eval.report_samples,
+        stop_token_ids=stop_token_ids(trained.tokenizer),
+        max_new_tokens=trained.config.task_spec().max_new_tokens,
+        interrupt=interrupt,
     )

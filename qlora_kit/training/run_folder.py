@@ -16,6 +16,7 @@ from qlora_kit.adapters import CONTRACT_FILE
 from qlora_kit.adapters.store import LOCK_FILE
 from qlora_kit.atomic import checked_target, recover_leftovers, require_free_space
 from qlora_kit.errors import OutputError
+from qlora_kit.launched import is_main_process
 from qlora_kit.report import PLOT_FILES, RECORD_FILE, REPORT_FILE
 from qlora_kit.training.checkpoints import CHECKPOINT, checkpoints
 from qlora_kit.training.settings import CONFIG_FILE, START_FILE
@@ -140,7 +141,7 @@ def run_folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: One is training there.
     """
-    if not folder.is_dir() or os.environ.get("RANK", "0") != "0":  # of several processes of one run, the first holds it
+    if not folder.is_dir() or not is_main_process():  # of several processes of one run, the first holds it
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

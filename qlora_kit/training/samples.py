@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.generation import Completion, Sampling, generate
@@ -25,6 +25,7 @@ def sample_answers(
     number: int,
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
+    interrupt: Callable[[], None] | None = None,
 ) -> tuple[Sample, ...]:
     """Greedy answers before and after training, beside the expected ones; no weight and no random state changes.
 
@@ -35,6 +36,7 @@ def sample_answers(
         number: How many samples; rows without a prompt give none.
         stop_token_ids: The tokens that end an answer.
         max_new_tokens: The limit of an answer.
+        interrupt: Called after each token; what it raises ends the answering.
     """
     number = min(number, len(rows))
     chosen = [rows[index * len(rows) // number] for index in range(number)]
@@ -56,6 +58,7 @@ def sample_answers(
             stop_token_ids=stop_token_ids,
             pad_token_id=tokenizer.pad_token_id,
             batch_size=BATCH_SIZE,
+            interrupt=interrupt,
         )
         return [Answer(text=text(done.token_ids), finish_reason=done.finish_reason) for done in completions]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from qlora_kit.data.chat import chat_template_sha256
 from qlora_kit.data.ledger import SPLITS, Problem
 from qlora_kit.data.sources import Sources, locate_file
 from qlora_kit.errors import ConfigError, Fault
+from qlora_kit.launched import process_count
 from qlora_kit.strict_json import read_json_object
 from qlora_kit.suggest import advice
 from qlora_kit.training.continuing import weights_sha256
@@ -53,6 +55,7 @@ _FIXED_PREFIXES = (
     *("train.loraplus", "train.layerwise", "train.unfreeze"),
     *("train.metric", "train.eval_s", "train.save_s", "data.validation"),
 )
+_ROWS_OF_A_STEP = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps", "processes")
 _CHANGEABLE = ("lora.lora_alpha", "lora.lora_dropout")
 
 logger = logging.getLogger(__name__)
@@ -142,7 +145,7 @@ def resumed_start(began: Start, now: Start, *, allowed: Sequence[str], checkpoin
 
     Raises:
         ConfigError: With every other key that differs, its old and its new value; or a name in ``allowed`` is no key,
-            or one that what was saved depends on.
+            or one that what was saved depends on; or a step would take another number of rows.
     """
     keys = sorted({*began.settings, *now.settings})
     _require_changeable(allowed, keys)
@@ -163,6 +166,7 @@ def resumed_start(began: Start, now: Start, *, allowed: Sequence[str], checkpoin
     ]
     if faults:
         raise ConfigError.of(faults)
+    _require_same_rows_of_a_step(began, now, checkpoint)
     for key in permitted:
         logger.warning("%s, as allowed", _difference(key, began.settings.get(key), now.settings.get(key)))
     for name in sorted({*began.told, *now.told}):
@@ -174,6 +178,19 @@ def resumed_start(began: Start, now: Start, *, allowed: Sequence[str], checkpoin
         for key in permitted
     ]
     return replace(now, began_sha256=began.began_sha256, changes=(*began.changes, *changes))
+
+
+def _require_same_rows_of_a_step(began: Start, now: Start, checkpoint: Path) -> None:
+    """A checkpoint says after which step it was saved; with other rows in a step, that is another place in the data."""
+    before, after = (math.prod(int(start.settings[key]) for key in _ROWS_OF_A_STEP) for start in (began, now))
+    if before != after:
+        raise ConfigError(
+            f"--resume: a step would take {after} rows, the run began with {before}: {checkpoint.name} counts steps, "
+            "and rows would be trained again or left out",
+            expected=f"{before} rows: " + " x ".join(_ROWS_OF_A_STEP),
+            fix="change one against the other; for another number of rows, begin a new run that goes on from the "
+            "adapter of this one (model.adapter)",
+        )
 
 
 def _require_changeable(allowed: Sequence[str], keys: Sequence[str]) -> None:
@@ -218,7 +235,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase, ref: BaseRef) -> dict[str, obj
         "model.base.commit": ref.revision,
         "model.tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "model.chat_template": chat_template_sha256(tokenizer),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": process_count(),
     }
 
 

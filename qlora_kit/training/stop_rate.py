@@ -5,7 +5,7 @@ Prompts are cut from the tokenised rows, so they are exactly what training saw b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.encoding import IGNORED_LABEL
@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 def stop_rate(
-    model: PeftModel, rows: Dataset, *, stop_token_ids: Sequence[int], pad_token_id: int, max_new_tokens: int
+    model: PeftModel,
+    rows: Dataset,
+    *,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    interrupt: Callable[[], None] | None = None,
 ) -> float | None:
     """The share of greedy answers that end with a stop token within ``max_new_tokens``; None without a prompt.
 
@@ -27,6 +33,7 @@ def stop_rate(
         stop_token_ids: The tokens that end an answer.
         pad_token_id: For prompts of different lengths in one batch.
         max_new_tokens: The limit of an answer.
+        interrupt: Called after each token; what it raises ends the measuring.
     """
     prompts = [prompt for row in rows if (prompt := last_prompt(row["input_ids"], row["labels"]))]
     if not prompts:
@@ -39,6 +46,7 @@ def stop_rate(
         stop_token_ids=stop_token_ids,
         pad_token_id=pad_token_id,
         batch_size=8,
+        interrupt=interrupt,
     )
     return sum(completion.finish_reason == "stop" for completion in completions) / len(completions)
 

@@ -46,6 +46,7 @@ class Strategies:
         if self.section.unfreeze_layers_every is not None:
             trainer.add_callback(GradualUnfreezing(trainer.model, self.section.unfreeze_layers_every))
         trainer.task_metric = self.metric
+        trainer.checkpointed_layers = self.section.checkpointed_layers
         if self.patience is not None:
             trainer.add_callback(EarlyStopping(self.patience))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -43,8 +43,13 @@ class TaskMetric:
         """Its name in a log line."""
         return f"eval_{self.name}"
 
-    def measure(self, model: PeftModel) -> float:
-        """The metric of greedy answers. No random number is drawn, and the model keeps its mode."""
+    def measure(self, model: PeftModel, *, interrupt: Callable[[], None]) -> float:
+        """The metric of greedy answers. No random number is drawn, and the model keeps its mode.
+
+        Args:
+            model: With the adapter active.
+            interrupt: Called after each token and each batch; what it raises ends the measuring.
+        """
         scores = score_task(
             model,
             self.tokenizer,
@@ -52,6 +57,8 @@ class TaskMetric:
             self.task,
             batch_size=self.batch_size,
             stop_token_ids=stop_token_ids(self.tokenizer),
+            progress=lambda done, total: interrupt(),
+            interrupt=interrupt,
         )
         return float(scores.score(self.name).value)
 

@@ -118,13 +118,22 @@ def test_micro_batches_are_split_and_the_step_keeps_its_rows(
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("train.gradient_checkpointing=true", "train.checkpointed_layers=1")],
+    ids=["none", "of one layer"],
+)
 def test_activations_are_computed_again_where_one_row_is_too_much(
-    run: Callable[..., TrainResult], memory: Callable[..., None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Callable[..., TrainResult],
+    memory: Callable[..., None],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    overrides: tuple[str, ...],
 ) -> None:
-    run(name="whole")
+    run(*overrides, name="whole")
     memory(0, recomputed=1)
     with caplog.at_level(logging.WARNING):
-        run()
+        run(*overrides)
     assert "split into 8" in caplog.text and "activations are computed again" in caplog.text
     assert_close(tmp_path / "run", tmp_path / "whole")
 
