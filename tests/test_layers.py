@@ -23,7 +23,7 @@ LAYERS = {
             " architecture starter prequantized memory",
             "shard_writer checkpoint data base_layout four_bit models stop_token token_rows adapter_loading"
             " measured_speed code_execution generation likelihood scoring report",
-            "training engine merging adoption combining data_check",
+            "training engine merging adoption combining data_check export",
             "evaluation_plan evaluation doctor",
             "cli",
         )
