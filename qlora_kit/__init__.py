@@ -10,11 +10,21 @@ if TYPE_CHECKING:
     from qlora_kit.config import load_config
     from qlora_kit.engine import Engine
     from qlora_kit.evaluation import evaluate
+    from qlora_kit.export import export_model
     from qlora_kit.memory import estimate_memory
     from qlora_kit.merging import merge_adapter
     from qlora_kit.training import train
 
-__all__ = ["AdapterStore", "Engine", "estimate_memory", "evaluate", "load_config", "merge_adapter", "train"]
+__all__ = [
+    "AdapterStore",
+    "Engine",
+    "estimate_memory",
+    "evaluate",
+    "export_model",
+    "load_config",
+    "merge_adapter",
+    "train",
+]
 
 # Public name -> module. Imported when first used, so that `import qlora_kit` does not load torch.
 _HOMES = {
@@ -22,6 +32,7 @@ _HOMES = {
     "Engine": "qlora_kit.engine",
     "estimate_memory": "qlora_kit.memory",
     "evaluate": "qlora_kit.evaluation",
+    "export_model": "qlora_kit.export",
     "load_config": "qlora_kit.config",
     "merge_adapter": "qlora_kit.merging",
     "train": "qlora_kit.training",

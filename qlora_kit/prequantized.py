@@ -25,7 +25,7 @@ STATE = "quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4", f"{STATE}fp4")
 _PART_NAME = re.compile(rf"(?P<weight>.+\.weight)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes dequantizes
-_NESTED_BLOCK_SIZE = 256  # the only one that its matrix product takes
+NESTED_BLOCK_SIZE = 256  # the only one that its matrix product takes
 _CODES, _NESTED_CODES = 16, 256
 _MAX_STATE_BYTES = 4096
 _MAX_FAULTS = 20
@@ -187,7 +187,7 @@ def _packed_weight(name: str, weight: TensorLocation | None, found: Mapping[str,
     blocks = -(-numbers // state["blocksize"])
     sizes = {"": ("U8", -(-numbers // 2)), "quant_map": ("F32", _CODES), "absmax": ("U8" if double else "F32", blocks)}
     if double:
-        sizes["nested_absmax"] = ("F32", -(-blocks // _NESTED_BLOCK_SIZE))
+        sizes["nested_absmax"] = ("F32", -(-blocks // NESTED_BLOCK_SIZE))
         sizes["nested_quant_map"] = ("F32", _NESTED_CODES)
     at_hand = {"": weight, **found}
     faults = [
@@ -231,7 +231,7 @@ def _read_state(location: TensorLocation, quant_type: str) -> dict[str, Any]:
         "dtype": state.get("dtype") in ("float16", "bfloat16", "float32"),
         "blocksize": type(state.get("blocksize")) is int and state["blocksize"] in _BLOCK_SIZES,
         "shape": isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape),
-        "nested_blocksize": state.get("nested_blocksize", _NESTED_BLOCK_SIZE) == _NESTED_BLOCK_SIZE,
+        "nested_blocksize": state.get("nested_blocksize", NESTED_BLOCK_SIZE) == NESTED_BLOCK_SIZE,
         "nested_dtype": state.get("nested_dtype", "float32") == "float32",
         "nested_offset": type(offset) in (int, float) and isfinite(offset),
     }

@@ -154,6 +154,15 @@ def runs(bases: dict[bool, Path], data: Path, tmp_path_factory: pytest.TempPathF
     return {tied: root / f"tied-{tied}" for tied in bases}
 
 
+@pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
+def test_rows_that_the_target_cannot_serve_stop_the_training(
+    target: str, bases: dict[bool, Path], data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.trainable_token_indices is auto") as caught:
+        train(run_config(bases[False], data, tmp_path / "run", f"target={target}"))
+    assert f"leave {target} out of target" in caught.value.faults[0].fix
+
+
 # --- recognising ---
 
 

@@ -19,11 +19,13 @@ from qlora_kit.cli import (
     data,
     doctor,
     evaluation,
+    export,
     generation,
     info,
     init,
     merging,
     plan,
+    push,
     report,
     training,
 )
@@ -60,6 +62,8 @@ app.command(name="report")(report.report)
 app.command(name="eval")(evaluation.evaluate)
 app.command(name="generate")(generation.generate)
 app.command(name="merge")(merging.merge)
+app.command(name="export")(export.export)
+app.command(name="push")(push.push)
 adapters.app.command(name="adopt")(adoption.adopt_adapter)
 adapters.app.command(name="combine")(combining.combine_adapters)
 app.add_typer(adapters.app, name="adapters")

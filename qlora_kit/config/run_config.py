@@ -30,6 +30,7 @@ from qlora_kit.config.sections import (
     QuantizationSection,
     Source,
 )
+from qlora_kit.config.serving_targets import ServingTargets, serving_problems
 from qlora_kit.config.sft_fields import sft_fields
 from qlora_kit.config.strategy_checks import strategy_problems
 from qlora_kit.config.synonyms import meant_by
@@ -79,6 +80,8 @@ class RunConfig(BaseModel):
     data: DataSection
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
+    target: ServingTargets = ()
+    """Where the adapter will be served: vllm, llama.cpp, ollama; what they cannot serve is refused before training."""
     output_dir: str = Field(default_factory=lambda known: f"runs/{known['name']}", min_length=1)
     """The run folder."""
 
@@ -231,6 +234,7 @@ def _validate(values: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
     if config is not None:
         validates = bool(config.data.validation)  # of the config's own task
         problems += strategy_problems(config.train, config.lora, config.quantization, validates=validates)
+        problems += serving_problems(config.lora, config.target)
     return config, problems + list(_task_problems(values))
 
 

@@ -257,6 +257,7 @@ def _write_report(result: MergeResult, plan: MergePlan, folder: Path, inputs: Ma
             "task": contract.task,
             "system_prompt": contract.system_prompt,
             "stop_token_ids": list(contract.stop_token_ids),
+            "generation": dict(contract.generation),
         }
     )
     report = {

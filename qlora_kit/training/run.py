@@ -55,6 +55,7 @@ from qlora_kit.training.run_folder import (
 )
 from qlora_kit.training.samples import sample_answers
 from qlora_kit.training.schedule import check_schedule, steps_of_run
+from qlora_kit.training.serving import require_servable
 from qlora_kit.training.settings import Start, portable
 from qlora_kit.training.sharding import require_shardable
 from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, require_fitting_start
@@ -155,6 +156,7 @@ def train(
     config = config.model_copy(update={"quantization": base_quantization(described, config.quantization)})
     tokenizer = load_tokenizer(described)
     config, earlier = with_earlier_adapter(config, described)
+    require_servable(config, described)
     data = main_first(lambda: _usable_data(config, tokenizer))
     tell_notes(data.ledger)
     if resume:
@@ -296,6 +298,7 @@ def _load_model(
     rows = TokenRows({}) if earlier is not None else choose_token_rows(ref, tokenizer, config.lora)
     if rows.message is not None:
         logger.warning("%s", rows.message)
+    require_servable(config, ref, tuple(rows.indices))
     set_seed(config.train.seed)
     base = load_base_model(ref, config.quantization, device=device, shardable=config.train.shard_base)
     facts = quantization_facts(config.quantization, base)
