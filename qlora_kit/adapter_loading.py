@@ -127,6 +127,21 @@ def attach_adapter(
     return made
 
 
+def detach_adapter(model: PreTrainedModel, slot: str, *, is_last: bool) -> None:
+    """Take an attached adapter off again.
+
+    Args:
+        model: The base.
+        slot: PEFT's name for it.
+        is_last: No other adapter is attached: the base gets its own modules back.
+    """
+    _detach(model, slot, set() if is_last else {id(module) for _, module in _wrappers(model)})
+    if is_last:
+        del model.peft_config
+    else:
+        model.peft_config.pop(slot, None)
+
+
 def _attached(model: PreTrainedModel, peft_model: PeftModel | None, adapter: AdapterSnapshot, slot: str) -> PeftModel:
     import torch
     from peft import get_peft_model
@@ -145,7 +160,7 @@ def _attached(model: PreTrainedModel, peft_model: PeftModel | None, adapter: Ada
     if faults:
         raise AdapterError.of(faults, at_most=MAX_FAULTS)
     with torch.no_grad():
-        for name, tensor in _tensors(adapter).items():
+        for name, tensor in adapter_tensors(adapter).items():
             own[name].copy_(tensor)
     _require_finite(adapter.files, own)
     return peft_model
@@ -227,7 +242,7 @@ def _differences(
     return faults
 
 
-def _tensors(adapter: AdapterSnapshot) -> dict[str, torch.Tensor]:
+def adapter_tensors(adapter: AdapterSnapshot) -> dict[str, torch.Tensor]:
     import torch
 
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}

@@ -486,3 +486,20 @@ def test_what_needs_no_model_never_imports_torch(store: Path, arguments: list[st
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=store.parent, env=environment, capture_output=True)
+
+
+def test_a_long_list_is_written_in_plain_lines(
+    command: Callable[..., Outcome], trained_run: tuple[Path, TrainResult], tmp_path: Path
+) -> None:
+    store = tmp_path / "many"
+    for number in range(120):
+        shutil.copytree(
+            trained_run[0], store / f"reviews-{number:03}", ignore=shutil.ignore_patterns("checkpoint*", "plots")
+        )
+    listed = command("adapters", "list", "--store", store)
+    lines = listed.out.splitlines()
+    assert lines[0] == f"{store}: 120 adapters"
+    assert lines[1].split() == ["name", "task", "base", "model", "r", "size", "created"]
+    assert [line.split()[:2] for line in lines[2:]] == [[f"reviews-{number:03}", "sentiment"] for number in range(120)]
+    assert len({len(line) for line in lines[2:]}) == 1
+    assert max(map(len, lines[1:])) <= 100

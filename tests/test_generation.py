@@ -148,3 +148,11 @@ def test_sampling_arguments_leave_greedy_without_a_temperature() -> None:
 def test_values_out_of_bounds_are_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"{name} is (.|\n)*expected: (.|\n)*do: "):
         Sampling(**{name: value})
+
+
+def test_what_needs_the_engine_is_refused_and_min_p_is_not(random_model: PreTrainedModel) -> None:
+    for sampling in (Sampling(NEW, stop=("x",)), Sampling(NEW, logprobs=0)):
+        with pytest.raises(ConfigError, match=r"plain batches(.|\n)*use Engine\.generate"):
+            decode(random_model, sampling=sampling)
+    narrow = Sampling(NEW, temperature=5.0, min_p=1.0)  # the likeliest token alone
+    assert decode(random_model, sampling=narrow) == decode(random_model)

@@ -61,7 +61,7 @@ def test_every_config_finds_its_data_in_the_new_folder(tmp_path: Path, monkeypat
     assert set(starter.datasets) == set(TASKS)
     assert {f"configs/{task}.yaml" for task in TASKS} <= set(starter.configs)
     monkeypatch.chdir(folder)
-    for name in starter.configs:
+    for name in (name for name in starter.configs if Path(name).parent == Path("configs")):  # not accelerate's own
         config = load_config(Path(name))
         for files in (config.data.train, config.data.validation, config.data.test):
             for file in [files] if isinstance(files, str) else files or []:

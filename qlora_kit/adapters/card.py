@@ -70,20 +70,22 @@ def read_details(path: Path) -> AdapterDetails:
 
 
 def _read_details(path: Path) -> AdapterDetails:
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        require_regular_file(path / name)
-    settings = read_lora_settings(path / CONFIG_FILE)
+    weights, config, contract_file = path / WEIGHTS_FILE, path / CONFIG_FILE, path / CONTRACT_FILE
+    for file in (weights, config):
+        require_regular_file(file)
+    settings = read_lora_settings(config)
+    own = own_files(path)
     contract = None
-    if os.path.lexists(path / CONTRACT_FILE):
-        require_regular_file(path / CONTRACT_FILE)
-        contract = AdapterContract.load(path / CONTRACT_FILE)
-    written = datetime.fromtimestamp((path / WEIGHTS_FILE).stat().st_mtime, tz=UTC)
+    if CONTRACT_FILE in own:
+        require_regular_file(contract_file)
+        contract = AdapterContract.load(contract_file)
+    written = datetime.fromtimestamp(weights.stat().st_mtime, tz=UTC)
     card = AdapterCard(
         name=path.name,
         task=None if contract is None else contract.task,
         base_model=settings.base_model_name_or_path if contract is None else contract.base.id,
         r=settings.r,
-        bytes=sum((path / name).stat().st_size for name in own_files(path)),
+        bytes=sum(os.stat(os.path.join(path, name)).st_size for name in own),
         created=written.isoformat(timespec="seconds") if contract is None else contract.created,
         path=path,
         metrics={} if contract is None else contract.metrics,
@@ -95,7 +97,8 @@ def _read_details(path: Path) -> AdapterDetails:
 def own_files(folder: Path) -> tuple[str, ...]:
     """Names of the files that belong to the adapter in ``folder`` and travel with it."""
     optional = (CONTRACT_FILE, RUN_CONFIG_FILE, CARD_FILE)
-    return (WEIGHTS_FILE, CONFIG_FILE, *(name for name in optional if os.path.lexists(folder / name)))
+    there = [name for name in optional if os.path.lexists(os.path.join(folder, name))]
+    return (WEIGHTS_FILE, CONFIG_FILE, *there)
 
 
 def no_base_given(folder: Path, named: str | None) -> AdapterError:

@@ -169,10 +169,11 @@ def require_regular_file(path: Path) -> None:
         AdapterError: It is.
     """
     expected = "a regular file"
-    if not os.path.lexists(path):
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
         fix = "give the folder that training wrote, or download the whole adapter"
-        raise AdapterError(f"{path}: there is no such file", expected=expected, fix=fix)
-    mode = path.lstat().st_mode
+        raise AdapterError(f"{path}: there is no such file", expected=expected, fix=fix) from error
     if stat.S_ISLNK(mode):
         fix = "copy the file itself into the folder (cp -L), after a look at where the link points"
         raise AdapterError(f"{path}: is a symbolic link", expected=expected, fix=fix)

@@ -82,6 +82,10 @@ class AdapterStore:
                 problems.extend(error.faults)
         return StoreListing(tuple(cards), tuple(problems))
 
+    def names(self) -> _Names:
+        """Names of the folders in the store, sorted; nothing in them is read."""
+        return [name for name in self._entries() if _NAME.fullmatch(name)]
+
     def list(self) -> _Cards:
         """The cards of all usable adapters, by name; ``problems`` tells of the others."""
         return [*self.scan().cards]

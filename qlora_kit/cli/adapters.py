@@ -32,18 +32,7 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
     if json:
         print_json({"adapters": [card_json(card) for card in listing.cards]})
     else:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=Text(str(store), "table.title"), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for column in ("name", "task", "base model", "r", "size", "created"):
-            table.add_column(column, justify="right" if column in ("r", "size") else "left")
-        for card in listing.cards:
-            day = card.created.partition("T")[0]
-            texts = (card.name, card.task or "", card.base_model or "", str(card.r), in_units(card.bytes), day)
-            table.add_row(*map(Text, texts))
-        stdout_console().print(table)
+        _show_cards(store, listing.cards)
         _tell_origins(listing.cards)
     for problem in listing.problems:
         say(f"left out: {problem}")
@@ -105,6 +94,50 @@ def delete_adapter(name: str, *, store: StoreOption = DEFAULT_STORE, json: JsonO
         print_json({"deleted": name, "adapters": []})
     else:
         stdout_console().print(f"{name}: deleted from {store}", markup=False)
+
+
+_COLUMNS = ("name", "task", "base model", "r", "size", "created")
+_RIGHT = ("r", "size")
+_PLAIN_FROM = 100
+"""So many adapters are written as plain lines: rich needs as long for a thousand as reading them."""
+
+
+def _show_cards(store: Path, cards: Sequence[AdapterCard]) -> None:
+    rows = []
+    for card in cards:
+        day = card.created.partition("T")[0]
+        rows.append((card.name, card.task or "", card.base_model or "", str(card.r), in_units(card.bytes), day))
+    if len(rows) >= _PLAIN_FROM:
+        _show_plain(store, rows)
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(str(store), "table.title"), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _RIGHT else "left")
+    for texts in rows:
+        table.add_row(*map(Text, texts))
+    stdout_console().print(table)
+
+
+def _show_plain(store: Path, rows: Sequence[tuple[str, ...]]) -> None:
+    """The same columns in lines; a base's name, which may be a long path, is cut."""
+    printable = [["".join(c if c.isprintable() else "?" for c in text) for text in row] for row in rows]
+    lines = [list(_COLUMNS), *([row[0], row[1], _cut(row[2], 24), *row[3:]] for row in printable)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"{store}: {len(rows)} adapters")
+    for line in lines:
+        cells = [
+            text.rjust(width) if column in _RIGHT else text.ljust(width)
+            for text, width, column in zip(line, widths, _COLUMNS, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _tell_origins(cards: Sequence[AdapterCard]) -> None:

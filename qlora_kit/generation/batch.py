@@ -4,61 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ConfigError
+from qlora_kit.generation.sampling import FinishReason, Sampling
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: Limit of an answer, in tokens.
-        temperature: 0 takes the likeliest token (greedy); above 0 samples.
-        top_p: Sample from the smallest set of tokens with this share of the probability.
-        top_k: Sample from so many likeliest tokens; 0 for all.
-        repetition_penalty: Above 1, tokens said before become less likely (Keskar et al. 2019).
-        seed: Of the sampling; None leaves torch's generator as it is.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        bounds: dict[str, tuple[bool, str]] = {
-            "max_new_tokens": (1 <= self.max_new_tokens <= 131_072, "1 to 131072"),
-            "temperature": (0 <= self.temperature <= 10, "0 (greedy) to 10"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (0 <= self.top_k <= 1_000_000, "0 (all tokens) or more"),
-            "repetition_penalty": (0.1 <= self.repetition_penalty <= 10, "0.1 to 10"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**32, "0 to 4294967295"),
-        }
-        for name, (fine, expected) in bounds.items():
-            if not fine:
-                value = vars(self)[name]
-                raise ConfigError(f"{name} is {value}", expected=expected, fix=f"choose another {name}")
-
-    def as_generate_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of transformers' ``generate``."""
-        arguments: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "repetition_penalty": self.repetition_penalty,
-            "do_sample": self.temperature > 0,
-        }
-        if self.temperature > 0:
-            arguments |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return arguments
 
 
 @dataclass(frozen=True)
@@ -85,7 +38,7 @@ def generate(
     Args:
         model: A causal language model with the wanted adapter active.
         prompts: Token ids of each prompt, rendered up to where the answer begins.
-        sampling: How tokens are chosen.
+        sampling: How tokens are chosen; stop strings and logprobs need the engine.
         stop_token_ids: Tokens that end an answer.
         pad_token_id: Fills shorter rows; never attended to.
         batch_size: Rows at once.
@@ -94,9 +47,18 @@ def generate(
 
     Returns:
         One completion for each prompt, in their order.
+
+    Raises:
+        ConfigError: ``sampling`` asks for stop strings or logprobs.
     """
     import torch
 
+    if sampling.stop or sampling.logprobs is not None:
+        raise ConfigError(
+            f"stop is {sampling.stop} and logprobs is {sampling.logprobs}",
+            expected="neither: plain batches know tokens only",
+            fix="use Engine.generate",
+        )
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

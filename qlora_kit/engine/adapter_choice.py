@@ -1,0 +1,54 @@
+"""What a request's ``adapter`` says: a name, a name with a scale, or a weighted sum, parsed and checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from qlora_kit.errors import AdapterError
+
+MAX_PARTS = 8
+MAX_WEIGHT = 10.0
+
+
+def parse_adapter(text: str | None, loaded: Collection[str] = ()) -> tuple[tuple[str, float], ...]:
+    """Names and weights in ``text`` (``sentiment``, ``sentiment:0.5``, ``a:0.7+b:0.3``); empty for the base.
+
+    Args:
+        text: What was asked for.
+        loaded: Names of loaded adapters: a folder's name may hold ``:`` and ``+``.
+
+    Raises:
+        AdapterError: It is malformed, or too many adapters or too large a weight.
+    """
+    if text is None:
+        return ()
+    if text in loaded:
+        return ((text, 1.0),)
+    parts = [_part(part, text) for part in text.split("+")]
+    if len(parts) > MAX_PARTS:
+        raise _refused(f"{text!r} names {len(parts)} adapters", f"at most {MAX_PARTS}")
+    sums: dict[str, float] = {}
+    for name, weight in parts:
+        sums[name] = sums.get(name, 0.0) + weight
+    return tuple(sums.items())
+
+
+def _part(part: str, text: str) -> tuple[str, float]:
+    name, colon, number = part.strip().rpartition(":")
+    if not colon:
+        name, number = number, "1"
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not name:
+        raise _refused(f"{text!r} names no adapter", "a name in each part")
+    if not abs(weight) <= MAX_WEIGHT:
+        raise _refused(f"{text!r}: {number!r} is no weight", f"a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
+    return name, weight
+
+
+def _refused(what: str, expected: str) -> AdapterError:
+    fix = "write sentiment, sentiment:0.5, or a sum such as sentiment:0.7+translation:0.3"
+    return AdapterError(what, expected=expected, fix=fix)

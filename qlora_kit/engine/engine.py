@@ -1,0 +1,323 @@
+"""The engine: one base loaded once, adapters beside it, conversations in and answers out, batched across adapters.
+
+engine = Engine("tiny")
+engine.load("sentiment")
+print(engine.ask("The soup was far from bad.", adapter="sentiment").text)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qlora_kit.adapter_loading import base_modules, require_fit
+from qlora_kit.adapters import AdapterContract, AdapterFiles, AdapterSnapshot, AdapterStore
+from qlora_kit.adapters.store import DEFAULT_STORE
+from qlora_kit.base_files import BaseRef, resolve_base
+from qlora_kit.config import QuantizationSection
+from qlora_kit.conversation import Message
+from qlora_kit.data.chat import stop_token_ids
+from qlora_kit.engine.entrance import Entrance
+from qlora_kit.engine.loaded import LoadedAdapters
+from qlora_kit.engine.requests import Answer, Handle, Request
+from qlora_kit.engine.row import Parts
+from qlora_kit.engine.scheduler import Scheduler
+from qlora_kit.engine.stats import EngineStats
+from qlora_kit.errors import ConfigError, Interrupted, QloraKitError
+from qlora_kit.generation import Sampling
+from qlora_kit.models import base_facts, base_quantization, load_base_model, load_tokenizer, quantization_facts
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+class Engine:
+    """A base model in memory and the adapters loaded beside it; the base's weights are never written to.
+
+    Without ``start`` the callers' own threads do the work while they wait. After it a thread of the engine does, and
+    requests of all callers share its batches.
+    """
+
+    def __init__(
+        self,
+        base: str = "tiny",
+        *,
+        revision: str | None = None,
+        quantization: QuantizationSection | None = None,
+        store: Path = DEFAULT_STORE,
+        device: torch.device | None = None,
+        max_batch: int = 32,
+        slots: int = 16,
+    ) -> None:
+        """Load the base and its tokenizer.
+
+        Args:
+            base: ``tiny``, a folder, or a Hub id.
+            revision: Commit, tag or branch of a Hub id.
+            quantization: How to load it; None for NF4 with double quantization, as adapters are trained by default.
+                The files of a base that is quantized already rule; what is asked for by name must agree with them.
+            store: Where adapter names are looked up.
+            device: None for the GPU where there is one.
+            max_batch: Requests in the batch at most.
+            slots: Adapters in device memory at most; the others are in host memory, or only registered in the store.
+
+        Raises:
+            BaseModelError: The base cannot be found or loaded, or is quantized already in another way.
+            ConfigError: ``max_batch`` or ``slots`` is out of bounds.
+        """
+        for name, value in (("max_batch", max_batch), ("slots", slots)):
+            if not 1 <= value <= 4096:
+                raise ConfigError(f"{name} is {value}", expected="1 to 4096", fix=f"choose another {name}")
+        self.ref: BaseRef = resolve_base(base, revision)
+        self.quantization = base_quantization(self.ref, QuantizationSection() if quantization is None else quantization)
+        self.tokenizer = load_tokenizer(self.ref)
+        self.stop_token_ids = stop_token_ids(self.tokenizer)
+        self.store = AdapterStore(store)
+        self.model: PreTrainedModel = load_base_model(self.ref, self.quantization, device=device)
+        self._base = base_modules(self.model)
+        self._facts = base_facts(self.ref, self.tokenizer, quantization_facts(self.quantization, self.model))
+        self._scheduler = Scheduler(
+            self.model, self.tokenizer, stop_token_ids=self.stop_token_ids, max_batch=max_batch, slots=slots
+        )
+        self._loaded = LoadedAdapters(self.store, self._require_fit, attach=self._attach, drop=self._scheduler.drop)
+        self._entrance = Entrance(self.model, self.tokenizer, self._loaded)
+        self._thread: threading.Thread | None = None
+        self._work = threading.Event()
+        self._is_closing = False
+
+    # --- adapters ---
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the loaded adapters."""
+        return self._loaded.names
+
+    def available(self) -> tuple[str, ...]:
+        """Names that a request may give: the loaded adapters and those of the store, by name."""
+        return tuple(sorted({*self._loaded.names, *self.store.names()}))
+
+    def contract(self, adapter: str) -> AdapterContract | None:
+        """The contract of a loaded adapter; None for one trained elsewhere.
+
+        Raises:
+            AdapterError: It is not loaded.
+        """
+        return self._loaded.get(adapter).contract
+
+    def load(self, name_or_folder: str) -> str:
+        """Load an adapter from the store or a folder and return the name to use it by; loading it again does nothing.
+
+        The files are checked before anything is made of them, and the contract against this base. Requests load what
+        they name from the store by themselves; what is loaded here stays.
+
+        Raises:
+            AdapterError: No such adapter, unsound files, another base, or the name is taken by another folder.
+        """
+        return self._loaded.load(name_or_folder).name
+
+    def reload(self, name: str) -> None:
+        """Read a loaded adapter again; requests under way finish on the version that they began with.
+
+        Raises:
+            AdapterError: It is not loaded, or its files cannot be used; the loaded version then stays.
+        """
+        self._loaded.reload(name)
+
+    def unload(self, name: str) -> None:
+        """Forget a loaded adapter; requests under way finish on it.
+
+        Raises:
+            AdapterError: It is not loaded.
+        """
+        self._loaded.unload(name)
+
+    def _require_fit(self, files: AdapterFiles, contract: AdapterContract | None) -> None:
+        require_fit(files, self._base)
+        if contract is not None:
+            contract.require_match(self._facts)
+
+    def _attach(self, adapter: AdapterSnapshot) -> str:
+        with self._scheduler.lock:
+            return self._scheduler.peft.attach(adapter)
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:
+        """The model with ``adapter`` active inside the ``with`` block, for one's own passes; None for the base alone.
+
+        Requests wait meanwhile.
+        """
+        parts = () if adapter is None else ((self._loaded.get(adapter), 1.0),)
+        with self._scheduler.lock:
+            self._scheduler.use(Parts(parts))
+            try:
+                yield self.model
+            finally:
+                self._scheduler.use(Parts())
+
+    # --- answers ---
+
+    def generate(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        adapter: str | Sequence[str | None] | None = None,
+        sampling: Sampling | None = None,
+        batch_size: int = 16,
+    ) -> list[Answer]:
+        """Answer each conversation; they share batches whatever adapters they name.
+
+        Args:
+            conversations: The turns so far, each ending with the user's.
+            adapter: For all of them, or one for each: a name, a scaled one, or a sum (``Request``); None for the base.
+            sampling: None takes each adapter's defaults.
+            batch_size: Conversations at once, where the engine's thread does not run.
+
+        Raises:
+            QloraKitError: One of them cannot be answered; the others are given up.
+        """
+        names = [adapter] * len(conversations) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if len(names) != len(conversations):
+            what = f"{len(names)} adapters are given for {len(conversations)} conversations"
+            raise ConfigError(what, expected="one for each, or one for all", fix="give as many adapters")
+        requests = [
+            Request(tuple(turns), adapter=name, sampling=sampling)
+            for turns, name in zip(conversations, names, strict=True)
+        ]
+        handles = self._submit_all(requests)
+        try:
+            while not self.is_started and not all(handle.is_done for handle in handles):
+                self._scheduler.step(batch_size)
+            return [handle.result() for handle in handles]
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def ask(self, prompt: str, *, adapter: str | None = None, sampling: Sampling | None = None) -> Answer:
+        """Answer one user prompt."""
+        return self.generate([[Message("user", prompt)]], adapter=adapter, sampling=sampling)[0]
+
+    def submit(self, request: Request, *, notify: Callable[[], None] | None = None) -> Handle:
+        """Let a request join the batch; never raises, what is wrong with it comes out of the handle.
+
+        An adapter of the store that is not loaded is read here, so call it from a thread that may wait for the disk.
+
+        Args:
+            request: What to answer.
+            notify: Called after each piece, and at the end, from the thread that does the work.
+        """
+        handle = Handle(self, notify)
+        try:
+            (prompt_ids,) = self._entrance.prompts([request])
+            self._enter(request, prompt_ids, handle)
+        except QloraKitError as error:
+            handle.fail(error)
+        return handle
+
+    def default_sampling(self, adapter: str | None = None) -> Sampling:
+        """Greedy, with the answer limit that the adapter's contract records.
+
+        Raises:
+            AdapterError: It is neither loaded nor in the store.
+        """
+        return self._entrance.default_sampling(self._entrance.parts(adapter))
+
+    def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        """Handles of requests that are rendered together; raises what is wrong with one of them."""
+        prompts = self._entrance.prompts(requests)
+        handles = [Handle(self) for _ in requests]
+        try:
+            for request, prompt_ids, handle in zip(requests, prompts, handles, strict=True):
+                self._enter(request, prompt_ids, handle)
+        except QloraKitError:
+            for handle in handles:
+                handle.cancel()
+            raise
+        return handles
+
+    def _enter(self, request: Request, prompt_ids: tuple[int, ...], handle: Handle) -> None:
+        if self._is_closing:
+            raise _closed()
+        self._scheduler.submit(self._entrance.row(request, prompt_ids, handle))
+        self._work.set()
+
+    # --- the loop ---
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def advance(self) -> None:
+        """One step of the batch, where no thread makes them: one token for each request under way."""
+        if not self._scheduler.step() and not self.is_started:
+            self._work.wait(0.01)  # another thread holds the request that is waited for
+
+    def start(self) -> Engine:
+        """Let a thread of the engine do the work from now on."""
+        if not self.is_started:
+            self._is_closing = False
+            self._thread = threading.Thread(target=self._run, name="qlora-kit-engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """End the thread after the step under way; requests that are not done fail. ``start`` begins again."""
+        self._is_closing = True
+        self._work.set()
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+        self._scheduler.fail_all(_closed())
+        self._is_closing = False
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._work.clear()
+                if not self._scheduler.step():
+                    self._work.wait()
+        except BaseException as error:
+            self._is_closing = True
+            self._scheduler.fail_all(_broken(error))
+            raise
+
+    def stats(self) -> EngineStats:
+        """What the engine does now, and what it did since it was made."""
+        scheduler = self._scheduler
+        return EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            slots_used=scheduler.slots_used,
+            adapters_loaded=len(self._loaded.names),
+            requests_done=scheduler.requests_done,
+            tokens_generated=scheduler.tokens_generated,
+            prompt_tokens=scheduler.prompt_tokens,
+            prompt_tokens_reused=scheduler.prompt_tokens_reused,
+            prefix_bytes=scheduler.prefixes.bytes,
+            bank_bytes=scheduler.bank.bytes,
+        )
+
+
+def _closed() -> Interrupted:
+    return Interrupted(
+        "the engine was closed before the request was answered", expected="a running engine", fix="send it again"
+    )
+
+
+def _broken(error: BaseException) -> QloraKitError:
+    return Interrupted(
+        f"the engine stopped: {type(error).__name__}: {error}", expected="a running engine", fix="start it again"
+    )

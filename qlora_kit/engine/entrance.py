@@ -1,0 +1,102 @@
+"""Requests become rows: what their adapters mean, the rendered prompt within the base's bounds, the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from qlora_kit.conversation import Message
+from qlora_kit.data.chat import render_prompts
+from qlora_kit.engine.adapter_choice import parse_adapter
+from qlora_kit.engine.loaded import LoadedAdapters, longest_answer, shared_system_prompt
+from qlora_kit.engine.requests import Handle, Request
+from qlora_kit.engine.row import Parts, Row
+from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.generation import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Entrance:
+    """What requests pass before they wait for the batch."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedAdapters) -> None:
+        self._tokenizer = tokenizer
+        self._loaded = loaded
+        self._max_length: int = model.config.get_text_config().max_position_embeddings
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
+
+    def parts(self, adapter: str | None) -> Parts:
+        """What a request's ``adapter`` means; names of the store are loaded.
+
+        Raises:
+            AdapterError: It is malformed, names what is not there, or scales what is more than LoRA pairs.
+        """
+        named = parse_adapter(adapter, self._loaded.names)
+        parts = tuple((self._loaded.wanted(name), weight) for name, weight in named)
+        through_peft = [part.name for part, weight in parts if part.peft_slot is not None]
+        if through_peft and (len(parts) > 1 or parts[0][1] != 1.0):
+            raise AdapterError(
+                f"{adapter!r}: {through_peft[0]} is more than LoRA pairs (DoRA, saved modules or trained tokens)",
+                expected="adapters of LoRA pairs alone, where they are scaled or summed",
+                fix=f"ask for {through_peft[0]} by itself",
+            )
+        return Parts(parts)
+
+    def default_sampling(self, parts: Parts) -> Sampling:
+        """Greedy, with the longest answer limit that the adapters' contracts record."""
+        limit = longest_answer([part for part, _ in parts.adapters])
+        return Sampling() if limit is None else replace(Sampling(), max_new_tokens=limit)
+
+    def prompts(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+        """The prompts' token ids; conversations are rendered together.
+
+        Raises:
+            QloraKitError: An adapter cannot be used, or the chat template refuses a conversation.
+        """
+        conversations = {
+            place: self._with_system(request) for place, request in enumerate(requests) if request.conversation
+        }
+        rendered = render_prompts(list(conversations.values()), self._tokenizer) if conversations else []
+        found = dict(zip(conversations, rendered, strict=True))
+        return [tuple(found[place]) if place in found else request.prompt_ids for place, request in enumerate(requests)]
+
+    def row(self, request: Request, prompt_ids: tuple[int, ...], handle: Handle) -> Row:
+        """The row of a request whose prompt is rendered.
+
+        Raises:
+            AdapterError: Its adapters cannot be used.
+            ConfigError: The prompt is too long, or holds ids that the base lacks.
+        """
+        self._require_prompt(prompt_ids)
+        parts = self.parts(request.adapter)
+        return Row(
+            handle,
+            adapter=request.adapter,
+            parts=parts,
+            prompt_ids=prompt_ids,
+            sampling=self.default_sampling(parts) if request.sampling is None else request.sampling,
+            max_length=self._max_length,
+        )
+
+    def _with_system(self, request: Request) -> list[Message]:
+        """The conversation with the adapter's trained system prompt, unless it brings its own."""
+        turns = list(request.conversation)
+        adapters = [part for part, _ in self.parts(request.adapter).adapters]
+        prompt = shared_system_prompt(adapters) if adapters else None
+        return turns if not prompt or turns[0].role == "system" else [Message("system", prompt), *turns]
+
+    def _require_prompt(self, prompt_ids: tuple[int, ...]) -> None:
+        if len(prompt_ids) >= self._max_length:
+            raise ConfigError(
+                f"the prompt is {len(prompt_ids)} tokens long",
+                expected=f"less than the base's {self._max_length} positions, with room for an answer",
+                fix="shorten the conversation",
+            )
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocabulary:
+            what = f"the prompt holds token ids from {min(prompt_ids)} to {max(prompt_ids)}"
+            raise ConfigError(
+                what, expected=f"ids from 0 to {self._vocabulary - 1}", fix="use the base's own tokenizer"
+            )

@@ -1,0 +1,193 @@
+"""The adapters an engine knows: read through the gate, kept in host memory, and replaced while their users finish."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_kit.adapters import AdapterContract, AdapterFiles, AdapterSnapshot, AdapterStore, read_adapter
+from qlora_kit.errors import AdapterError
+from qlora_kit.lora_bank import LoraFactors, can_be_banked, read_factors
+
+HOST_BYTES = 4 * 1024**3
+"""Adapters that requests brought in by themselves, beyond this the least recently used are let go."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedAdapter:
+    """One version of an adapter in memory.
+
+    Attributes:
+        name: As requests name it.
+        version: Another for each load.
+        folder: Where it was read.
+        contract: None for one trained elsewhere.
+        factors: Its pairs; None for one that goes through PEFT.
+        peft_slot: PEFT's name for it; None for one in the bank.
+    """
+
+    name: str
+    version: int
+    folder: Path
+    contract: AdapterContract | None
+    factors: LoraFactors | None
+    peft_slot: str | None
+
+
+class LoadedAdapters:
+    """Names to their newest versions. Reading files needs no other lock than this one's own."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        require_fit: Callable[[AdapterFiles, AdapterContract | None], None],
+        *,
+        attach: Callable[[AdapterSnapshot], str],
+        drop: Callable[[LoadedAdapter], None],
+        host_bytes: int = HOST_BYTES,
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            store: Where names are looked up.
+            require_fit: Raises for an adapter that the base cannot take.
+            attach: Puts an adapter on the base through PEFT.
+            drop: Called with each version that no new request gets any more.
+            host_bytes: See ``HOST_BYTES``.
+        """
+        self._store = store
+        self._require_fit = require_fit
+        self._attach = attach
+        self._drop = drop
+        self._host_bytes = host_bytes
+        self._newest: dict[str, LoadedAdapter] = {}
+        self._by_request: dict[str, int] = {}  # names that nobody loaded by hand, and when they were last used
+        self._versions = 0
+        self._uses = 0
+        self._changing = threading.RLock()  # held while files are read; looking a name up needs no lock
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Loaded adapters, in the order in which they came."""
+        return tuple(self._newest)
+
+    def get(self, name: str) -> LoadedAdapter:
+        """The newest version of a loaded adapter.
+
+        Raises:
+            AdapterError: It is not loaded.
+        """
+        adapter = self._newest.get(name)
+        if adapter is None:
+            raise AdapterError(
+                f"the adapter {name!r} is not loaded",
+                expected=f"one of {', '.join(self._newest) or '(none is loaded)'}",
+                fix=f"call load({name!r}) first",
+            )
+        return adapter
+
+    def load(self, name_or_folder: str) -> LoadedAdapter:
+        """Load from the store or a folder; one that is loaded from there already stays as it is.
+
+        Raises:
+            AdapterError: No such adapter, unsound files, another base, or the name is taken by another folder.
+        """
+        with self._changing:
+            folder = self._store.get(name_or_folder)
+            held = self._newest.get(folder.name)
+            if held is None:
+                return self._read(folder.name, name_or_folder)
+            if held.folder != folder.resolve():
+                raise AdapterError(
+                    f"{folder}: an adapter named {folder.name!r} is loaded already, from {held.folder}",
+                    expected="one name for each loaded adapter",
+                    fix="rename one of the two folders",
+                )
+            self._by_request.pop(folder.name, None)
+            return held
+
+    def wanted(self, name: str) -> LoadedAdapter:
+        """The newest version of what a request names; one of the store is loaded if need be, a folder never.
+
+        Raises:
+            AdapterError: Neither loaded nor in the store, or it cannot be loaded.
+        """
+        adapter = self._newest.get(name)
+        if adapter is None:
+            with self._changing:
+                adapter = self._newest.get(name) or self._brought_in(name)
+        if name in self._by_request:
+            self._uses += 1
+            self._by_request[name] = self._uses
+        return adapter
+
+    def reload(self, name: str) -> LoadedAdapter:
+        """Read a loaded adapter's files again; what is under way goes on with the version that it began with.
+
+        Raises:
+            AdapterError: It is not loaded, or its files cannot be used: then the loaded version stays.
+        """
+        with self._changing:
+            old = self.get(name)
+            new = self._read(name, old.folder)
+            self._drop(old)
+            return new
+
+    def unload(self, name: str) -> None:
+        """Forget a loaded adapter; what is under way with it goes on.
+
+        Raises:
+            AdapterError: It is not loaded.
+        """
+        with self._changing:
+            self._drop(self.get(name))
+            del self._newest[name]
+            self._by_request.pop(name, None)
+
+    def _read(self, name: str, place: str | Path) -> LoadedAdapter:
+        snapshot = read_adapter(lambda: self._store.get(place), self._require_fit)
+        banked = can_be_banked(snapshot.files)
+        self._versions += 1
+        adapter = LoadedAdapter(
+            name=name,
+            version=self._versions,
+            folder=snapshot.files.folder.resolve(),
+            contract=snapshot.contract,
+            factors=read_factors(snapshot) if banked else None,
+            peft_slot=None if banked else self._attach(snapshot),
+        )
+        self._newest[name] = adapter
+        return adapter
+
+    def _brought_in(self, name: str) -> LoadedAdapter:
+        folder = self._store.get(name)
+        if folder.name != name or folder.parent != self._store.root:  # a path, which only the program itself may load
+            return self.get(name)
+        adapter = self._read(name, name)
+        held = sorted(self._by_request, key=self._by_request.__getitem__)
+        total = _bytes(adapter) + sum(_bytes(self._newest[other]) for other in held)
+        for other in held:
+            if total > self._host_bytes:
+                total -= _bytes(self._newest[other])
+                self.unload(other)
+        self._by_request[name] = self._uses
+        return adapter
+
+
+def shared_system_prompt(adapters: Sequence[LoadedAdapter]) -> str | None:
+    """The system prompt that the adapters were trained with, where it is one and the same."""
+    prompts = {None if adapter.contract is None else adapter.contract.system_prompt for adapter in adapters}
+    return prompts.pop() if len(prompts) == 1 else None
+
+
+def longest_answer(adapters: Sequence[LoadedAdapter]) -> int | None:
+    """The largest answer limit that the adapters' contracts record, in tokens."""
+    contracts = [adapter.contract for adapter in adapters if adapter.contract is not None]
+    limits = [contract.generation.get("max_new_tokens") for contract in contracts]
+    return max((limit for limit in limits if limit is not None), default=None)
+
+
+def _bytes(adapter: LoadedAdapter) -> int:
+    return 0 if adapter.factors is None else adapter.factors.bytes

@@ -1,0 +1,315 @@
+"""Continuous batching: requests join and leave between steps, each row with its own adapter, settings and length.
+
+transformers' own continuous batching packs rows without telling modules which token belongs to which request, and knows
+neither top-p, min-p, penalty nor stop strings for each request (5.23); so the loop is the kit's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import TYPE_CHECKING
+
+from qlora_kit.engine.fair_lock import FairLock
+from qlora_kit.engine.lane import Lane
+from qlora_kit.engine.loaded import LoadedAdapter
+from qlora_kit.engine.peft_path import PeftPath
+from qlora_kit.engine.prefix_cache import PrefixCache
+from qlora_kit.engine.row import Parts, Row
+from qlora_kit.engine.slots import SlotTable
+from qlora_kit.errors import AdapterError, GuardError, QloraKitError
+from qlora_kit.generation import greedy_tokens
+from qlora_kit.lora_bank import LoraBank
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Scheduler:
+    """The batch: who waits, who is under way, and the steps that bring each of them one token further.
+
+    Whoever touches the model holds ``lock``; ``submit`` needs none.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stop_token_ids: tuple[int, ...],
+        max_batch: int,
+        slots: int,
+    ) -> None:
+        """Put the bank on the base.
+
+        Args:
+            model: The base, without adapters.
+            tokenizer: Decodes answers.
+            stop_token_ids: Tokens that end an answer.
+            max_batch: Rows under way at most.
+            slots: Adapters in device memory at most.
+        """
+        self.lock = FairLock()
+        self.prefixes = PrefixCache()
+        self.bank = LoraBank(model, slots=slots)
+        self.peft = PeftPath(model)
+        self.tokens_generated = 0
+        self.prompt_tokens = 0
+        self.prompt_tokens_reused = 0
+        self.requests_done = 0
+        self._slots = SlotTable(self.bank)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._stops = frozenset(stop_token_ids)
+        self._max_batch = max_batch
+        self._waiting: deque[Row] = deque()
+        self._lanes: dict[str | None, Lane] = {None: Lane(model, None)}
+        self._peft_users: Counter[str] = Counter()
+        self._dropped: set[str] = set()  # PEFT's names of adapters that go with their last row
+
+    # --- what others see ---
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not joined the batch."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return sum(lane.count for lane in list(self._lanes.values()))
+
+    @property
+    def slots_used(self) -> int:
+        """Slots of the bank that hold an adapter, a scaled one, or a sum."""
+        return self._slots.used
+
+    def submit(self, row: Row) -> None:
+        """Let a row wait for its turn.
+
+        Raises:
+            AdapterError: Its adapter goes through PEFT, and was unloaded meanwhile.
+        """
+        name = row.parts.peft_slot
+        if name is not None:
+            with self.lock:
+                if name not in self.peft.slots:
+                    what = f"the adapter {row.adapter!r} was unloaded meanwhile"
+                    raise AdapterError(what, expected="a loaded adapter", fix="send the request again")
+                self._peft_users[name] += 1
+        self._waiting.append(row)
+
+    def drop(self, adapter: LoadedAdapter) -> None:
+        """No new request gets this version: it goes once its rows are done."""
+        with self.lock:
+            self._slots.forget(adapter.name, adapter.version)
+            if adapter.peft_slot is not None:
+                self._dropped.add(adapter.peft_slot)
+                self._detach_if_done(adapter.peft_slot)
+
+    def use(self, parts: Parts) -> None:
+        """Let the whole model use one adapter, for passes outside the loop; the caller holds ``lock``.
+
+        Raises:
+            GuardError: Every slot is in use.
+        """
+        if not parts.adapters or parts.peft_slot is not None:
+            self.bank.choose(None)
+            self.peft.activate(parts.peft_slot)
+            return
+        slot = self._slots.acquire(parts.key, parts.factors)
+        if slot is None:
+            raise GuardError(
+                f"all {self.bank.slots} slots are in use by requests under way",
+                expected="a free slot",
+                fix="wait for them, or open the engine with more slots",
+            )
+        self.peft.activate(None)
+        self.bank.choose(slot)
+        self._slots.release(parts.key)
+
+    # --- the loop ---
+
+    def step(self, at_most: int | None = None) -> bool:
+        """One token for every row, after those that wait have joined; False where there was nothing to do.
+
+        Args:
+            at_most: Rows under way at most, if less than ``max_batch``.
+        """
+        import torch
+
+        with self.lock, torch.inference_mode():
+            self._drop_cancelled()
+            self._admit(self._max_batch if at_most is None else min(at_most, self._max_batch))
+            busy = [lane for lane in self._lanes.values() if lane.count]
+            for lane in busy:
+                self.peft.activate(lane.peft_slot)
+                self._read_prompts(lane)
+                self._decode(lane)
+                if not lane.count:
+                    lane.kv.release()
+                    if lane.peft_slot is not None:
+                        del self._lanes[lane.peft_slot]
+            return bool(busy)
+
+    def fail_all(self, error: QloraKitError) -> None:
+        """End every request with ``error``."""
+        with self.lock:
+            for lane in self._lanes.values():
+                for row in lane.all_rows():
+                    self._release(row)
+                    row.handle.fail(error)
+                lane.rows, lane.entering, lane.reading = [], [], None
+                lane.kv.release()
+            while self._waiting:
+                row = self._waiting.popleft()
+                self._release_peft(row)
+                row.handle.fail(error)
+
+    def _admit(self, at_most: int) -> None:
+        """Rows join in the order in which they came; one that finds no free slot keeps the others behind it."""
+        while self._waiting and self.running < at_most:
+            row = self._waiting[0]
+            if row.parts.adapters and row.parts.peft_slot is None:
+                slot = self._slots.acquire(row.parts.key, row.parts.factors)
+                if slot is None:
+                    return
+                row.slot = slot
+            self._waiting.popleft()
+            row.begin(self._tokenizer, self._model.device)
+            row.prefix = self.prefixes.longest(row.parts.key, row.prompt_ids)
+            self.prompt_tokens += len(row.prompt_ids)
+            self.prompt_tokens_reused += 0 if row.prefix is None else row.prefix[1]
+            name = row.parts.peft_slot
+            if name not in self._lanes:
+                self._lanes[name] = Lane(self._model, name)
+            self._lanes[name].entering.append(row)
+
+    def _read_prompts(self, lane: Lane) -> None:
+        group = lane.next_group()
+        if not group:
+            return
+        first = len(lane.rows)
+        try:
+            tokens = lane.prepare(group)
+            self._choose(group, keep=False)
+            logits = lane.kv.forward(first, tokens, [row.length for row in group])
+        except _out_of_memory() as error:
+            lane.reading = None
+            for row in group:
+                self._fail(row, _no_memory(row, error))
+            return
+        for row, fed in zip(group, tokens, strict=True):
+            row.length += len(fed)
+        if lane.entered(group):
+            self._accept(lane, first, logits)
+
+    def _decode(self, lane: Lane) -> None:
+        if not lane.rows:
+            return
+        rows = lane.rows
+        try:
+            lane.kv.reserve(len(rows) + (lane.reading is not None), max(row.length for row in rows) + 1)
+            self._choose(rows, keep=True)
+            logits = lane.kv.forward(0, [row.token_ids[-1:] for row in rows], [row.length for row in rows])
+        except _out_of_memory() as error:  # the newest row makes room for the others
+            row = lane.remove(len(rows) - 1)
+            self._fail(row, _no_memory(row, error))
+            return
+        for row in rows:
+            row.length += 1
+        self._accept(lane, 0, logits)
+
+    def _choose(self, rows: list[Row], *, keep: bool) -> None:
+        slots = [row.slot for row in rows]
+        self.bank.choose(slots if any(slots) else None, keep=keep)
+
+    def _accept(self, lane: Lane, first: int, logits: torch.Tensor) -> None:
+        """Choose the next token of the rows from ``first`` on; those that end make room."""
+        finite = logits.amax(-1).isfinite().tolist()
+        likeliest = greedy_tokens(logits)
+        for place in reversed(range(first, len(lane.rows))):
+            row, at = lane.rows[place], place - first
+            if not finite[at]:
+                lane.kv.clear(place)
+                self._fail(lane.remove(place), _not_finite(row))
+                continue
+            token, logprobs = row.next_token(logits[at], likeliest[at])
+            is_stop = token in self._stops
+            self.tokens_generated += not is_stop
+            if row.take(token, logprobs, is_stop=is_stop) is not None:
+                self._finished(lane, place)
+
+    def _finished(self, lane: Lane, place: int) -> None:
+        row = lane.rows[place]
+        if self.prefixes.wants(row.length):
+            key, ids = row.parts.key, row.all_ids[: row.length]
+            self.prefixes.put(key, ids, lane.kv.store(place, row.length))
+        lane.remove(place)
+        self._release(row)
+
+    def _drop_cancelled(self) -> None:
+        for row in [row for row in self._waiting if row.handle.is_cancelled]:
+            self._waiting.remove(row)
+            self._release_peft(row)
+            row.end("cancelled")
+        for lane in self._lanes.values():
+            for place in reversed(range(len(lane.rows))):
+                if lane.rows[place].handle.is_cancelled:
+                    lane.rows[place].end("cancelled")
+                    self._finished(lane, place)
+            for row in [row for row in lane.entering if row.handle.is_cancelled]:
+                lane.entering.remove(row)
+                row.end("cancelled")
+                self._release(row)
+            if lane.reading is not None and lane.reading.handle.is_cancelled:
+                lane.reading.end("cancelled")
+                self._release(lane.reading)
+                lane.reading = None
+
+    # --- what rows hold ---
+
+    def _fail(self, row: Row, error: QloraKitError) -> None:
+        self._release(row)
+        row.handle.fail(error)
+
+    def _release(self, row: Row) -> None:
+        self.requests_done += 1
+        if row.slot:
+            self._slots.release(row.parts.key)
+            row.slot = 0
+        self._release_peft(row)
+
+    def _release_peft(self, row: Row) -> None:
+        name = row.parts.peft_slot
+        if name is not None:
+            self._peft_users[name] -= 1
+            self._detach_if_done(name)
+
+    def _detach_if_done(self, name: str) -> None:
+        if name in self._dropped and self._peft_users[name] <= 0:
+            self._dropped.discard(name)
+            del self._peft_users[name]
+            self.peft.detach(name)
+
+
+def _out_of_memory() -> type[Exception]:
+    import torch
+
+    return torch.OutOfMemoryError
+
+
+def _no_memory(row: Row, error: Exception) -> GuardError:
+    return GuardError(
+        f"memory ran out at {row.length} tokens of a request: {error}",
+        expected="room for the keys and values of every row under way",
+        fix="send fewer requests at once (max_batch), or shorter ones",
+    )
+
+
+def _not_finite(row: Row) -> GuardError:
+    return GuardError(
+        f"{'the base' if row.adapter is None else row.adapter}: the logits are not finite numbers",
+        expected="finite logits",
+        fix="check the adapter's weights with `qlora-kit adapters show`, or lower its scale",
+    )
