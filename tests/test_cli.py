@@ -180,7 +180,7 @@ def test_generate_prints_its_answer(
     assert {key: many["answers"][0][key] for key in answer} == answer
     Path("prompts.txt").write_text("The soup is good.\n\nCold room.\n", encoding="utf-8")
     plain = command("generate", "--prompts", "prompts.txt", "--adapter", "reviews").out.splitlines()
-    assert [line for line in plain if line.startswith("> ")] == ["> The soup is good.", "> Cold room."]
+    assert [json.loads(line) for line in plain] == many["answers"]
     refused(command("generate", "Hi", "--prompts", "prompts.txt"), "both a prompt and --prompts")
     Path("bad.csv").write_text("question\nWhy?\n", encoding="utf-8")
     refused(command("generate", "--prompts", "bad.csv"), "bad.csv:2: the column 'prompt' is missing")
@@ -191,6 +191,42 @@ def test_generate_prints_its_answer(
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     refused(command("generate", "-", "--adapter", "reviews"), "the prompt is empty")
     refused(command("generate", "Hello", "--temperature", "11"), "temperature is 11")
+
+
+def test_generate_writes_a_file_and_goes_on_from_a_stopped_run(
+    command: Callable[..., Outcome], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qlora_kit.batch import AnswerLog
+
+    asked = ("reviews", "base", "reviews:0.5")
+    rows = [{"prompt": f"Is room {number} good?", "adapter": asked[number % 3]} for number in range(7)]
+    Path("p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run = ("generate", "--prompts", "p.jsonl", "--adapter", "reviews", "--max-new-tokens", 3)
+    printed = command(*run).out
+    assert [json.loads(line)["adapter"] for line in printed.splitlines()][:3] == ["reviews", None, "reviews:0.5"]
+
+    added = AnswerLog.add
+
+    def interrupted(log: AnswerLog, row: dict[str, Any]) -> None:
+        added(log, row)
+        if log.done == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerLog, "add", interrupted)
+        assert command(*run, "--out", "out.jsonl").code == 130
+    assert not Path("out.jsonl").exists()
+    refused(command(*run[:-1], 2, "--out", "out.jsonl"), "other prompts, adapters or settings")
+    ended = command(*run, "--out", "out.jsonl", "--json").json
+    assert ended["rows"] == 7
+    assert ended["resumed_from"] == 4
+    assert Path("out.jsonl").read_text(encoding="utf-8") == printed
+    refused(command(*run, "--out", "out.jsonl"), "out.jsonl: exists already", "--overwrite")
+    refused(command("generate", "Hello", "--out", "out.jsonl"), "--out is given for one prompt")
+    Path("p.jsonl").write_text('{"prompt": "Hi", "adapter": 3}\n', encoding="utf-8")
+    refused(command(*run), "p.jsonl:1: the column 'adapter' holds no text")
+    Path("p.jsonl").write_text('{"prompt": "Hi", "adapter": "revews"}\n', encoding="utf-8")
+    refused(command(*run), "revews", "did you mean reviews?")
 
 
 def test_eval_prints_its_results(command: Callable[..., Outcome], store: Path) -> None:

@@ -11,10 +11,10 @@ import torch
 from random_adapters import alone, with_adapter, write_adapter
 from transformers import PreTrainedModel
 
+from qlora_kit.adapters.mixing import parse_adapter
 from qlora_kit.config import QuantizationSection
 from qlora_kit.conversation import Message
 from qlora_kit.engine import Engine, Handle, Request
-from qlora_kit.engine.adapter_choice import parse_adapter
 from qlora_kit.engine.prefix_cache import PrefixCache
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.generation import Sampling

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from qlora_kit.cli import (
     adapters,
     adoption,
+    chat,
     combining,
     data,
     doctor,
@@ -61,6 +62,7 @@ app.command(name="train")(training.train)
 app.command(name="report")(report.report)
 app.command(name="eval")(evaluation.evaluate)
 app.command(name="generate")(generation.generate)
+app.command(name="chat")(chat.chat)
 app.command(name="merge")(merging.merge)
 app.command(name="export")(export.export)
 app.command(name="push")(push.push)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engine:
     """An engine on ``base``, or where it is None on the base of the first adapter, or ``tiny`` without adapters.
 
+    ``adapters`` are written as requests write them: names or folders, scaled and summed.
+
     The adapter's contract also says whether the base is loaded in 4 bits. Unsound files, and adapters of other weights,
     are refused here, before the base is loaded; ``Engine.load`` compares the rest.
 
@@ -24,11 +26,13 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
         BaseModelError: The base cannot be found or loaded.
     """
     from qlora_kit.adapters import CONTRACT_FILE, BaseFacts, base_fingerprint
+    from qlora_kit.adapters.mixing import parse_adapter
     from qlora_kit.base_files import read_model_config, resolve_base
     from qlora_kit.config.trained_quantization import trained_quantization
     from qlora_kit.prequantized import read_prequantization
 
-    contracts = _checked_contracts(base, adapters, store)
+    names = list(dict.fromkeys(name for adapter in adapters for name, _ in parse_adapter(adapter)))
+    contracts = _checked_contracts(base, names, store)
     if not contracts:
         from qlora_kit.engine import Engine
 

@@ -9,8 +9,8 @@ import typer
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.engine import open_engine
-from qlora_kit.cli.generation import BaseOption
 from qlora_kit.cli.output import JsonOption, counting, print_json, say, stdout_console
+from qlora_kit.cli.sampling import BaseOption
 
 if TYPE_CHECKING:
     from rich.table import Table

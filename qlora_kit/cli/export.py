@@ -11,8 +11,8 @@ import typer
 
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
-from qlora_kit.cli.generation import BaseOption
 from qlora_kit.cli.output import JsonOption, counting_bytes, in_units, print_json, say, stdout_console
+from qlora_kit.cli.sampling import BaseOption
 
 if TYPE_CHECKING:
     from qlora_kit.export import ExportResult

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.adapter_loading import base_modules, require_fit
 from qlora_kit.adapters import AdapterContract, AdapterFiles, AdapterSnapshot, AdapterStore
+from qlora_kit.adapters.mixing import parse_adapter
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.base_files import BaseRef, resolve_base
 from qlora_kit.config import QuantizationSection
@@ -109,6 +110,14 @@ class Engine:
         """
         return self._loaded.get(adapter).contract
 
+    def folder(self, adapter: str) -> Path:
+        """Where a loaded adapter was read.
+
+        Raises:
+            AdapterError: It is not loaded.
+        """
+        return self._loaded.get(adapter).folder
+
     def load(self, name_or_folder: str) -> str:
         """Load an adapter from the store or a folder and return the name to use it by; loading it again does nothing.
 
@@ -119,6 +128,23 @@ class Engine:
             AdapterError: No such adapter, unsound files, another base, or the name is taken by another folder.
         """
         return self._loaded.load(name_or_folder).name
+
+    def load_choice(self, text: str) -> str:
+        """Load all that ``text`` names, as ``Request.adapter`` does but folders too, and return what requests say.
+
+        Raises:
+            AdapterError: As ``load``, or ``text`` is malformed.
+        """
+        parts = [(self.load(name), weight) for name, weight in parse_adapter(text, self._loaded.names)]
+        return parts[0][0] if len(parts) == 1 and parts[0][1] == 1 else "+".join(f"{name}:{by!r}" for name, by in parts)
+
+    def parts_of(self, adapter: str | None) -> tuple[str, ...]:
+        """Names of the adapters in what a request says.
+
+        Raises:
+            AdapterError: It is malformed.
+        """
+        return tuple(name for name, _ in parse_adapter(adapter, self._loaded.names))
 
     def reload(self, name: str) -> None:
         """Read a loaded adapter again; requests under way finish on the version that they began with.

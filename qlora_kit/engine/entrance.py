@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from qlora_kit.adapters.mixing import parse_adapter
 from qlora_kit.conversation import Message
 from qlora_kit.data.chat import render_prompts
-from qlora_kit.engine.adapter_choice import parse_adapter
 from qlora_kit.engine.loaded import LoadedAdapters, longest_answer, shared_system_prompt
 from qlora_kit.engine.requests import Handle, Request
 from qlora_kit.engine.row import Parts, Row

@@ -1,0 +1,122 @@
+"""Answers many questions over one engine: each with its own adapter, all in shared batches, in their order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from qlora_kit.conversation import Message
+from qlora_kit.data.prompt_file import Prompt
+from qlora_kit.engine import Request
+from qlora_kit.errors import Fault, QloraKitError
+from qlora_kit.training.continuing import weights_sha256
+
+if TYPE_CHECKING:
+    from qlora_kit.engine import Answer, Engine, Handle
+    from qlora_kit.generation import Sampling
+
+BASE = "base"
+_WAITING = 64  # enough to fill any batch; what waits holds little memory
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt with everything that its answer depends on.
+
+    Attributes:
+        prompt: The user's turn.
+        adapter: As the engine takes it; None for the base.
+        system: In place of the adapter's own system prompt; None for that one.
+    """
+
+    prompt: str
+    adapter: str | None
+    system: str | None
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """A question, its number from 0, and its answer."""
+
+    index: int
+    question: Question
+    answer: Answer
+
+
+def questions_of(prompts: Sequence[Prompt], *, adapter: str | None, system: str | None) -> list[Question]:
+    """The questions of a file; what a row does not say itself, ``adapter`` and ``system`` do."""
+    return [
+        Question(
+            prompt=prompt.text,
+            adapter=adapter if prompt.adapter is None else None if prompt.adapter == BASE else prompt.adapter,
+            system=system if prompt.system is None else prompt.system,
+        )
+        for prompt in prompts
+    ]
+
+
+def run_key(engine: Engine, questions: Sequence[Question], sampling: Sampling, limit: int | None) -> str:
+    """The sha256 of all that the answers depend on: base, adapters' files, questions, sampling."""
+    names = sorted({name for question in questions for name in engine.parts_of(question.adapter)})
+    content = {
+        "base": [engine.ref.id, engine.ref.revision],
+        "adapters": {name: weights_sha256(engine.folder(name)) for name in names},
+        "questions": [asdict(question) for question in questions],
+        "sampling": asdict(sampling),
+        "limit": limit,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def answer_all(
+    engine: Engine, questions: Sequence[Question], *, sampling: Sampling, limit: int | None, first: int = 0
+) -> Iterator[AnsweredRow]:
+    """Answer the questions from number ``first`` on; rows come in their order while later ones are still running.
+
+    Args:
+        engine: A started engine.
+        questions: All of them.
+        sampling: How every answer is sampled; a seed is counted up by the question's number.
+        limit: Longest answer in tokens; None takes each adapter's own.
+        first: How many are answered already.
+
+    Raises:
+        QloraKitError: A question cannot be answered; the rows before it were yielded.
+    """
+    running: deque[tuple[int, Handle]] = deque()
+    try:
+        for index in range(first, len(questions)):
+            if len(running) == _WAITING:
+                yield _finished(*running.popleft(), questions)
+            seed = None if sampling.seed is None else sampling.seed + index
+            running.append(
+                (index, engine.submit(_request(engine, questions[index], replace(sampling, seed=seed), limit)))
+            )
+        while running:
+            yield _finished(*running.popleft(), questions)
+    finally:
+        for _, handle in running:
+            handle.cancel()
+
+
+def _request(engine: Engine, question: Question, sampling: Sampling, limit: int | None) -> Request:
+    turns = [] if question.system is None else [Message("system", question.system)]
+    tokens = engine.default_sampling(question.adapter).max_new_tokens if limit is None else limit
+    return Request(
+        conversation=(*turns, Message("user", question.prompt)),
+        adapter=question.adapter,
+        sampling=replace(sampling, max_new_tokens=tokens),
+    )
+
+
+def _finished(index: int, handle: Handle, questions: Sequence[Question]) -> AnsweredRow:
+    try:
+        answer = handle.result()
+    except QloraKitError as error:
+        faults = [Fault(f"prompt {index + 1}: {fault.what}", fault.expected, fault.fix) for fault in error.faults]
+        raise type(error).of(faults) from None
+    return AnsweredRow(index, questions[index], answer)
