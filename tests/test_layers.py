@@ -24,7 +24,7 @@ LAYERS = {
             "shard_writer checkpoint data base_layout four_bit models stop_token token_rows adapter_loading"
             " measured_speed code_execution generation likelihood scoring report lora_bank",
             "training engine merging adoption combining data_check export",
-            "evaluation_plan evaluation doctor chat batch",
+            "evaluation_plan evaluation doctor chat batch server",
             "cli",
         )
     )

@@ -28,6 +28,7 @@ from qlora_kit.cli import (
     plan,
     push,
     report,
+    serve,
     training,
 )
 from qlora_kit.errors import QloraKitError
@@ -63,6 +64,7 @@ app.command(name="report")(report.report)
 app.command(name="eval")(evaluation.evaluate)
 app.command(name="generate")(generation.generate)
 app.command(name="chat")(chat.chat)
+app.command(name="serve")(serve.serve)
 app.command(name="merge")(merging.merge)
 app.command(name="export")(export.export)
 app.command(name="push")(push.push)

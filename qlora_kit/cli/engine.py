@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qlora_kit.engine import Engine
 
 
-def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engine:
+def open_engine(base: str | None, adapters: Sequence[str], store: Path, *, max_batch: int = 32) -> Engine:
     """An engine on ``base``, or where it is None on the base of the first adapter, or ``tiny`` without adapters.
 
     ``adapters`` are written as requests write them: names or folders, scaled and summed.
@@ -36,7 +36,7 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
     if not contracts:
         from qlora_kit.engine import Engine
 
-        return Engine("tiny" if base is None else base, store=store)
+        return Engine("tiny" if base is None else base, store=store, max_batch=max_batch)
     folder, contract = next(iter(contracts.items()))
     named, revision = (contract.base.id, contract.base.revision) if base is None else (base, None)
     quantization = trained_quantization(folder / CONTRACT_FILE, contract.quantization)
@@ -47,7 +47,36 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path) -> Engin
         other.require_match(facts)
     from qlora_kit.engine import Engine
 
-    return Engine(named, revision=revision, quantization=quantization, store=store)
+    return Engine(named, revision=revision, quantization=quantization, store=store, max_batch=max_batch)
+
+
+def open_store_engine(base: str | None, store: Path, *, max_batch: int) -> Engine:
+    """An engine for the adapters of a whole store: on ``base``, or where it is None on the one they were trained on.
+
+    What the first usable adapter was trained with decides how the base is loaded. The others are not loaded here.
+
+    Raises:
+        ConfigError: No base is given, and the adapters have several.
+        BaseModelError: The base cannot be found or loaded.
+    """
+    from qlora_kit.adapters import AdapterStore
+    from qlora_kit.errors import AdapterError, ConfigError
+
+    cards = AdapterStore(store).list()
+    bases = sorted({card.base_model for card in cards if card.base_model is not None and card.origin is not None})
+    if base is None and len(bases) > 1:
+        raise ConfigError(
+            f"{store}: the adapters were trained on {len(bases)} bases: {', '.join(bases)}",
+            expected="one base to serve",
+            fix=f"give one: --base {bases[0]}; the adapters of the others are left out",
+        )
+    for card in cards:
+        if card.origin is not None and card.base_model in (base, *bases):
+            try:
+                return open_engine(base, (card.name,), store, max_batch=max_batch)
+            except AdapterError:  # unsound, or of other weights: it is left out when the store is looked through
+                continue
+    return open_engine(base, (), store, max_batch=max_batch)
 
 
 def _checked_contracts(base: str | None, adapters: Sequence[str], store: Path) -> dict[Path, AdapterContract]:
