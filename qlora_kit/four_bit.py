@@ -85,11 +85,13 @@ def nf4_code_samples(model: torch.nn.Module) -> dict[str, str]:
 def dequantize(codes: torch.Tensor, state: QuantState) -> torch.Tensor:
     """The weight that ``codes`` stand for, in the dtype of ``state``: (out_features, in_features).
 
-    It is dequantized as one long row, which bitsandbytes gets right on every device and for every width
-    (``refuse_wrong_cpu_layers``).
+    It is dequantized as rows of one block, or as one long row where the last block is not full. bitsandbytes gets both
+    right on every device and for every width (``refuse_wrong_cpu_layers``); its CPU kernel gives each core some rows.
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    row: Any = copy.copy(state)
-    row.shape = state.shape.__class__((1, state.shape.numel()))
-    return dequantize_4bit(codes, row).reshape(state.shape)
+    rows: Any = copy.copy(state)
+    count, blocksize = state.shape.numel(), state.blocksize
+    shape = (1, count) if count % blocksize else (count // blocksize, blocksize)
+    rows.shape = state.shape.__class__(shape)
+    return dequantize_4bit(codes, rows).reshape(state.shape)

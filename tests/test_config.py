@@ -357,7 +357,14 @@ def test_declared_train_fields_are_sft_fields_and_free() -> None:
     from qlora_kit.config.sft_fields import sft_fields
 
     own = {"metric_rows", "loraplus_lr_ratio", "layerwise_lr_decay", "unfreeze_layers_every"}
-    own |= {"early_stopping_patience", "early_stopping_threshold", "memory", "checkpointed_layers", "shard_base"}
+    own |= {
+        "early_stopping_patience",
+        "early_stopping_threshold",
+        "memory",
+        "checkpointed_layers",
+        "shard_base",
+        "fast",
+    }
     assert set(kit_fields()) == own
     assert set(TrainSection.model_fields) <= set(sft_fields()) | {"gradient_checkpointing"} | own
     assert not set(CONTROLLED) & set(TrainSection.model_fields)

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {  # overrides, the 
 MORE_CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "qlora, the best adapter kept": (SHORT, ALL),
     "lora on the 16-bit base": ((*SHORT, "quantization.load_in_4bit=false"), ALL),
+    "by the libraries' own path": ((*SHORT, "train.fast=off"), (2, 3)),
     "packing": (PACKED, (1, 2, 3)),
     "rest of an epoch": ((*SHORT, "train.gradient_accumulation_steps=5", "train.logging_steps=4"), (2, 3, 4, 5)),
     "evaluated at the end of epochs": ((*SHORT, *BY_EPOCH), ALL),

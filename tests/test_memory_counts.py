@@ -233,10 +233,11 @@ def assert_exact(model: Any, workload: Workload) -> None:
     assert sum(saved.values()) == predicted
 
 
-@pytest.mark.parametrize("layers", [0, 1])
+@pytest.mark.parametrize(("fast", "layers"), [("off", 0), ("off", 1), ("auto", 0)])
 def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
-    layers: int, run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fast: str, layers: int, run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the libraries' own path to the byte; the plan does not know the fused path, which keeps less."""
     counted: list[tuple[tuple[int, int], int]] = []
     original = GuardedTrainer.compute_loss
 
@@ -250,7 +251,8 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
 
     monkeypatch.setattr(GuardedTrainer, "compute_loss", count)
     some = ["train.gradient_checkpointing=true", f"train.checkpointed_layers={layers}"] if layers else []
-    config = load_config(run_yaml, [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "data.validation=", *some])
+    own = [f"output_dir={tmp_path / 'run'}", "train.max_steps=1", "data.validation=", f"train.fast={fast}"]
+    config = load_config(run_yaml, [*own, *some])
     train(config)
     base_config = json.loads((random_base / "config.json").read_text())
     architecture = read_architecture(base_config, where="config.json")
@@ -258,7 +260,10 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
     ((rows, length), saved_bytes) = counted[0]
     workload = workload.with_(batch_size=rows, length=length)
     predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload) - rows * length**2
-    assert saved_bytes == pytest.approx(predicted, abs=64)  # and the trainer's own scalars
+    if fast == "off":
+        assert saved_bytes == pytest.approx(predicted, abs=64)  # and the trainer's own scalars
+    else:
+        assert saved_bytes < 0.6 * predicted
 
 
 # --- the peak ---

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_kit.errors import GuardError
+from qlora_kit.fast import FastHead, ScoredModel
 from qlora_kit.training.batch_rows import longest_rows, row_pieces, sources_of_batches
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.checkpoints import checkpoints
@@ -111,6 +112,8 @@ class GuardedTrainer(ExactTrainer):
     """What each evaluation measures beside the loss."""
     checkpointed_layers: int | None = None
     """How many layers, from the first on, gradient checkpointing is for; None for all."""
+    fast_head: FastHead | None = None
+    """What scores the labels; None for TRL's own."""
     label_smoother: Callable[..., torch.Tensor] | None
     tokens_seen = 0
     """Tokens that went through the model since the program was started, in all its processes, padding left out."""
@@ -139,6 +142,10 @@ class GuardedTrainer(ExactTrainer):
             here = [] if torch.isfinite(loss) else [inputs]
             raise self._not_finite(f"the loss became {loss_of_all}", here)
         return loss
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        scored = model if self.fast_head is None else ScoredModel(model, self.fast_head)
+        return super().compute_loss(scored, inputs, *args, **kwargs)
 
     def _within_memory(
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any

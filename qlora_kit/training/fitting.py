@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig
 
 from qlora_kit.errors import GuardError, Interrupted
+from qlora_kit.fast import fast_path
 from qlora_kit.launched import is_main_process
 from qlora_kit.training.callbacks import GuardedTrainer, ProgressCallback, TrainingProgress
 from qlora_kit.training.checkpoints import Resumption
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -98,7 +103,11 @@ def fit(
         return trainer, time.monotonic() - began
     folder = Path(arguments.output_dir)
     reporters = arguments.report_to if is_main_process() else ()
-    with stop.listening(), reporting(reporters, folder, name=arguments.run_name or folder.name):
+    with (
+        stop.listening(),
+        reporting(reporters, folder, name=arguments.run_name or folder.name),
+        _fast_path(trainer, model, arguments, mode=strategies.section.fast),
+    ):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except StopRequested:
@@ -116,6 +125,29 @@ def fit(
 def _stopped(stop: StopOnSignal, trainer: GuardedTrainer) -> Interrupted:
     state = trainer.state
     return raised_in_all(stop.in_training(step=state.global_step, steps=state.max_steps, saved=trainer.on_disk))
+
+
+@contextmanager
+def _fast_path(trainer: GuardedTrainer, model: PeftModel, arguments: SFTConfig, *, mode: str) -> Iterator[None]:
+    """The fused path as ``train.fast`` and the other settings allow it, told in the log."""
+    refused = {
+        "it was not run on a GPU yet": not arguments.use_cpu,
+        "several processes train together": arguments.world_size > 1,
+        "train.torch_compile is set": arguments.torch_compile,
+        "train.use_liger_kernel is set": arguments.use_liger_kernel,
+        "train.activation_offloading is set": arguments.activation_offloading,
+    }
+    reasons = [reason for reason, holds in refused.items() if holds]
+    if mode == "auto" and reasons:
+        logger.warning("train.fast: nothing is fused: %s", ", ".join(reasons))
+    if mode == "off" or reasons:
+        yield
+        return
+    with fast_path(model) as fast:
+        fast.tell()
+        trainer.fast_head = fast.head
+        yield
+    trainer.fast_head = None
 
 
 def _no_room_to_evaluate(trainer: GuardedTrainer, reason: str) -> GuardError:
