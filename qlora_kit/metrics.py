@@ -11,10 +11,11 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+if TYPE_CHECKING:
+    import numpy as np  # imported where it is used: every command that reads a config would wait for it
+    from numpy.typing import ArrayLike, NDArray
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -60,21 +61,29 @@ def token_f1_rows(predictions: Sequence[str], references: Sequence[str]) -> list
 
 def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of rows that are the same but for white space around them."""
+    import numpy as np
+
     return float(np.mean(accuracy_rows(predictions, references)))
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Share of rows that are equal after SQuAD's normalisation."""
+    import numpy as np
+
     return float(np.mean(exact_match_rows(predictions, references)))
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
     """Mean of the rows' word F1 after SQuAD's normalisation."""
+    import numpy as np
+
     return float(np.mean(token_f1_rows(predictions, references)))
 
 
 def _class_ids(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.int64]:
     """(N, 2) ids of predicted and true class; -1 for a prediction that is no class of the references."""
+    import numpy as np
+
     _check_pairs(predictions, references)
     ids = {name: number for number, name in enumerate(sorted({reference.strip() for reference in references}))}
     pairs = zip(predictions, references, strict=True)
@@ -82,6 +91,8 @@ def _class_ids(predictions: Sequence[str], references: Sequence[str]) -> NDArray
 
 
 def _macro_f1_of_ids(ids: NDArray[Any]) -> float:
+    import numpy as np
+
     predicted, true = ids[:, 0], ids[:, 1]
     scores = []
     for label in np.unique(true):
@@ -125,6 +136,7 @@ def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
 
 def _bleu_counts(predictions: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
     """(N, 10) per row: four n-gram hits, four n-gram totals, prediction and reference length."""
+    import numpy as np
     import sacrebleu
 
     _check_pairs(predictions, references)
@@ -176,6 +188,8 @@ def bootstrap_ci95(
     Raises:
         ValueError: There are no rows.
     """
+    import numpy as np
+
     rows = np.asarray(per_row_scores)
     if len(rows) == 0:
         raise ValueError("a confidence interval of no rows")
@@ -270,12 +284,16 @@ def score_text(metric: str, predictions: Sequence[str], references: Sequence[str
 
 def score_rows(metric: str, per_row_scores: Sequence[float]) -> Score:
     """The mean of one value for each row (``pass@1``, ``stop_rate``), with its interval."""
+    import numpy as np
+
     rows = np.asarray(per_row_scores, dtype=float)
     return Score(metric, float(rows.mean()) if len(rows) else math.nan, bootstrap_ci95(rows), len(rows))
 
 
 def score_perplexity(nll_sums: Sequence[float], tokens: Sequence[int]) -> Score:
     """Perplexity from each row's negative log-likelihood sum (nats) and supervised tokens, with its interval."""
+    import numpy as np
+
     rows = np.column_stack([np.asarray(nll_sums, dtype=float), np.asarray(tokens, dtype=float)])  # (N, 2)
     return Score(
         "perplexity", _perplexity_of_rows(rows), bootstrap_ci95(rows, statistic=_perplexity_of_rows), len(rows)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from qlora_kit.config import RunConfig, load_config, synonyms
 from qlora_kit.config.sections import DataSection, LoraSection, ModelSection, QuantizationSection
@@ -372,10 +377,29 @@ def test_declared_train_fields_are_sft_fields_and_free() -> None:
     assert set(_BOUNDS) <= set(sft_fields())
 
 
+def explained_keys(section: type) -> set[str]:
+    """The fields of a section whose declaration is followed by a text in the source."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(section))).body
+    assert isinstance(tree, ast.ClassDef)
+    return {
+        declared.target.id
+        for declared, text in itertools.pairwise(tree.body)
+        if isinstance(declared, ast.AnnAssign)
+        and isinstance(declared.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
 def test_every_key_says_what_it_means() -> None:
-    for section, field in RunConfig.model_fields.items():
-        keys = getattr(field.annotation, "model_fields", {section: field})
-        assert all(entry.description for entry in keys.values()), section
+    annotations = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    sections = {
+        key: kind for key, kind in annotations.items() if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+    assert len(sections) > 5
+    assert explained_keys(RunConfig) >= annotations.keys() - sections.keys()
+    for section in sections.values():
+        assert explained_keys(section) == set(section.model_fields), section
 
 
 def test_import_and_load_leave_torch_out() -> None:

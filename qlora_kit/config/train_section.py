@@ -19,7 +19,7 @@ from qlora_kit.config.synonyms import meant_by
 from qlora_kit.metrics import METRICS
 from qlora_kit.suggest import advice
 
-SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+SECTION = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
