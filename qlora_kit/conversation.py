@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from qlora_kit.errors import Fault
 from qlora_kit.suggest import advice
 
 MAX_ROW_BYTES = 1 << 20
@@ -205,28 +206,11 @@ def check_texts(example: Example, control: re.Pattern[str] | None) -> None:
         DataFault: A text holds a control token, half a character or NUL, or all together are too long.
     """
     length = 0
-    for where, text in _texts(example):
+    for where, text in texts_of(example):
         length += len(text)
-        found = None if control is None else control.search(text)
-        if found is not None:
-            raise DataFault(
-                f"{where} holds the control token {found.group()}",
-                expected="plain text, which cannot end or open a turn",
-                fix="remove the token from the text, or remove the row",
-            )
-        bad = _NOT_TEXT.search(text)
-        if bad is not None and bad.group() == "\0":
-            raise DataFault(
-                f"{where} holds a NUL character at position {bad.start() + 1}",
-                expected="text without it",
-                fix="remove the character (\\u0000 in JSON), or remove the row",
-            )
-        if bad is not None:
-            raise DataFault(
-                f"{where} holds half a character (a lone surrogate)",
-                expected="whole Unicode characters",
-                fix="write both halves of the escape, such as \\ud83d\\ude00, or remove the row",
-            )
+        fault = text_fault(where, text, control)
+        if fault is not None:
+            raise DataFault(fault.what, expected=fault.expected, fix=f"{fault.fix}, or remove the row")
     if length > MAX_ROW_BYTES:
         limit = f"{MAX_ROW_BYTES // 1024} KiB"
         raise DataFault(
@@ -234,7 +218,44 @@ def check_texts(example: Example, control: re.Pattern[str] | None) -> None:
         )
 
 
-def _texts(example: Example) -> Iterator[tuple[str, str]]:
+def control_pattern(control_tokens: Iterable[str]) -> re.Pattern[str] | None:
+    """Matches any of these texts, the longest first; None for none."""
+    tokens = sorted(control_tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def text_fault(where: str, text: str, control: re.Pattern[str] | None) -> Fault | None:
+    """Why a tokenizer would not take ``text`` as what it is: a control token, NUL or half a character; None if it does.
+
+    Args:
+        where: Names the text in the message.
+        text: Of anyone.
+        control: As of ``control_pattern``.
+    """
+    found = None if control is None else control.search(text)
+    if found is not None:
+        return Fault(
+            f"{where} holds the control token {found.group()}",
+            "plain text, which cannot end or open a turn",
+            "remove the token from the text",
+        )
+    bad = _NOT_TEXT.search(text)
+    if bad is None:
+        return None
+    if bad.group() == "\0":
+        return Fault(
+            f"{where} holds a NUL character at position {bad.start() + 1}",
+            "text without it",
+            "remove the character (\\u0000 in JSON)",
+        )
+    return Fault(
+        f"{where} holds half a character (a lone surrogate)",
+        "whole Unicode characters",
+        "write both halves of the escape, such as \\ud83d\\ude00",
+    )
+
+
+def texts_of(example: Example) -> Iterator[tuple[str, str]]:
     """Each text that a tokenizer will see, with its place."""
     for number, message in enumerate(example.messages, start=0 if example.system_added else 1):
         where = f"turn {number} ({message.role})" if number else "the task's system prompt"

@@ -73,8 +73,14 @@ def test_refused(tmp_path: Path) -> None:
         pytest.raises(OutputError, match="another process"),
     ):
         write(tmp_path / "c.jsonl", ROWS)
-    with pytest.raises(OutputError, match="cannot be written to"):
+    with pytest.raises(OutputError, match="its folder does not exist"):
         write(tmp_path / "nowhere" / "a.jsonl", ROWS)
+    (tmp_path / "folder").mkdir()
+    with (
+        pytest.raises(OutputError, match="exists already"),
+        AnswerLog.open(tmp_path / "folder", key="a", overwrite=True),
+    ):
+        pass
     target = tmp_path / "target"
     target.write_text("mine")
     (tmp_path / ".d.jsonl.unfinished").symlink_to(target)

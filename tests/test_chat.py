@@ -171,11 +171,25 @@ def chat(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_the_loop_answers_commands_and_mistakes_until_it_is_told_to_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chat(monkeypatch, f"\n  \n{REVIEW}\n/adaptor x\n/adapter nope\n/base\n/help\n/quit\n{REVIEW}\n")
+    lines = (
+        "",
+        "  ",
+        REVIEW,
+        "/adaptor x",
+        "/adapter nope",
+        "Good <|im_end|>",
+        "/system <|im_start|>",
+        "/base",
+        "/help",
+    )
+    chat(monkeypatch, "\n".join((*lines, "/quit", REVIEW)))
     out, err = capsys.readouterr()
-    assert out == "positive\n"
+    assert out == "positive\n"  # what is refused leaves no line
     for told in ("did you mean /adapter?", "'nope': no adapter of this name", "the base answers now", "/compare A B"):
         assert told in err
+    for told in ("turn 3 (user) holds the control token <|im_end|>", "(system) holds the control token <|im_start|>"):
+        assert told in err
+    assert "system prompt is set" not in err
 
 
 def test_ctrl_c_in_an_answer_goes_back_to_the_prompt(

@@ -191,6 +191,10 @@ def test_generate_prints_its_answer(
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     refused(command("generate", "-", "--adapter", "reviews"), "the prompt is empty")
     refused(command("generate", "Hello", "--temperature", "11"), "temperature is 11")
+    greedy = command("generate", "The soup is good.", "--adapter", "reviews", "--top-p", 0.5, "--seed", 3)
+    assert "--top-p, --seed: without effect at temperature 0" in greedy.err
+    sampled = command("generate", "The soup is good.", "--adapter", "reviews", "--temperature", 1, "--seed", 3)
+    assert "without effect" not in sampled.err
 
 
 def test_generate_writes_a_file_and_goes_on_from_a_stopped_run(
@@ -223,10 +227,23 @@ def test_generate_writes_a_file_and_goes_on_from_a_stopped_run(
     assert Path("out.jsonl").read_text(encoding="utf-8") == printed
     refused(command(*run, "--out", "out.jsonl"), "out.jsonl: exists already", "--overwrite")
     refused(command("generate", "Hello", "--out", "out.jsonl"), "--out is given for one prompt")
+    refused(command(*run, "--overwrite"), "--overwrite is given without --out")
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_kit.batch.answer_all", None)  # nothing may be answered
+        rows[4]["prompt"] = "So <|im_end|>"
+        rows[6]["system"] = "<|im_start|>"
+        Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        told = command("generate", "--prompts", "bad.jsonl", "--adapter", "reviews")
+    refused(told, "prompt 5: turn 1 (user) holds the control token <|im_end|>", "prompt 7: turn 1 (system) holds")
     Path("p.jsonl").write_text('{"prompt": "Hi", "adapter": 3}\n', encoding="utf-8")
     refused(command(*run), "p.jsonl:1: the column 'adapter' holds no text")
     Path("p.jsonl").write_text('{"prompt": "Hi", "adapter": "revews"}\n', encoding="utf-8")
     refused(command(*run), "revews", "did you mean reviews?")
+
+
+def test_serve_tells_of_a_store_that_is_not_there(command: Callable[..., Outcome]) -> None:
+    told = command("serve", "--store", "nowhere", "--base", "ghost", "--port", 0)
+    refused(told, "nowhere: there is no such folder yet", "'ghost'")
 
 
 def test_eval_prints_its_results(command: Callable[..., Outcome], store: Path) -> None:
@@ -512,16 +529,50 @@ def test_the_scripts_are_verbs(script: str, option: str) -> None:
     assert script.removesuffix(".py") in shown.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["adapters", "list", "--json"], ["adapters", "show", "reviews"]])
-def test_what_needs_no_model_never_imports_torch(store: Path, arguments: list[str]) -> None:
-    code = (
+HEAVY = ("torch", "transformers", "peft", "datasets", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("runs", "code", "heavy"),
+    [
+        (["--help", "adapters list --json", "adapters show reviews"], 0, HEAVY),
+        (
+            [
+                "generate Hi --adapter ghost",
+                "generate Hi --base ghost",
+                "generate Hi --top-p 3",
+                "generate --prompts /no/file",
+                "generate --prompts prompts.txt --out adapters",
+                "generate --prompts prompts.txt --out no/folder.jsonl",
+                "generate --prompts prompts.txt --adapter ghost",
+                "chat --adapter ghost",
+                "chat --base ghost",
+                "chat --min-p 3",
+                "serve --base ghost",
+                "serve --host 0.0.0.0",
+                "eval --adapter ghost",
+                "eval --adapter reviews --base ghost",
+            ],
+            2,
+            ("torch", "transformers", "peft"),
+        ),
+    ],
+)
+def test_what_needs_no_model_never_imports_torch(
+    store: Path, runs: list[str], code: int, heavy: tuple[str, ...]
+) -> None:
+    (store.parent / "prompts.txt").write_text("Hi\n", encoding="utf-8")
+    program = (
         "import sys\nfrom qlora_kit.cli import main\n"
-        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        f"for run in {runs!r}:\n    try:\n        main(run.split())\n"
+        f"    except SystemExit as end:\n        assert (end.code or 0) == {code}, run\n"
+        f"    heavy = set({heavy!r}) & set(sys.modules)\n    assert not heavy, (run, heavy)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=store.parent, env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=store.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_long_list_is_written_in_plain_lines(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,30 @@ def test_more_adapters_than_slots_and_more_than_host_memory_takes(
     assert engine.stats().slots_used == 2
     assert set(engine.adapters) == {"d", "b", "c"}  # d was loaded by hand; a was used least recently
     assert engine.available() == ("a", "b", "c", "d", "dora")
+
+
+def test_loading_beside_a_model_that_is_in_use_never_waits_for_itself(engine: Engine) -> None:
+    """One thread uses the model and loads inside, another loads one that PEFT attaches: neither blocks the other."""
+    started = threading.Event()
+
+    def attach() -> None:
+        started.set()
+        engine.load("dora")
+
+    def use() -> None:
+        with engine.using(None):
+            other.start()
+            started.wait()
+            time.sleep(0.5)  # long enough for the other to stand at its next lock
+            engine.load("a")
+
+    other = threading.Thread(target=attach, daemon=True)
+    one = threading.Thread(target=use, daemon=True)
+    one.start()
+    for thread in (one, other):
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert set(engine.adapters) == {"a", "dora"}
 
 
 def test_adapters_change_under_traffic(engine: Engine, store: Path, random_model: PreTrainedModel) -> None:

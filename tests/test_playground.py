@@ -145,6 +145,7 @@ def test_stopping_by_keyboard_ends_the_answers(live: LiveServer, open_page: Call
         expect(column(page, model).locator(".figures")).to_have_text("stopped")
     wait_until(lambda: all(answer.cancelled_after is not None for answer in engine.answers), "the engine is told")
     expect(page.get_by_role("button", name="Run")).to_be_enabled()
+    expect(page.locator("#status")).to_have_text("Stopped.")
 
 
 def test_what_goes_wrong_is_told_in_sentences(

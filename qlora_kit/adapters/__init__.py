@@ -12,7 +12,7 @@ from qlora_kit.adapters.contract import (
     DataFile,
 )
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
-from qlora_kit.adapters.fingerprint import base_fingerprint
+from qlora_kit.adapters.fingerprint import base_fingerprint, weights_sha256
 from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder
 from qlora_kit.adapters.snapshot import AdapterSnapshot, read_adapter
 from qlora_kit.adapters.store import AdapterStore, StoreListing, check_name
@@ -41,4 +41,5 @@ __all__ = [
     "read_adapter",
     "require_shareable",
     "token_row_faults",
+    "weights_sha256",
 ]

@@ -1,4 +1,4 @@
-"""Identifies a base model by what its files hold, whatever its folder is called and however it is sharded."""
+"""Identifies a base model by what its files hold, however it is called and sharded, and an adapter by its weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qlora_kit.adapters.gate import WEIGHTS_FILE
 from qlora_kit.errors import BaseModelError
 from qlora_kit.safetensors_header import TensorInfo, locate_tensors
 from qlora_kit.strict_json import read_json_object
@@ -30,6 +31,12 @@ _ARCHITECTURE_KEYS = (
     "hidden_act",
     "rms_norm_eps",
 )
+
+
+def weights_sha256(folder: Path) -> str:
+    """The SHA-256 of an adapter's weights' file."""
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def base_fingerprint(folder: Path, *, full: bool = False) -> str:

@@ -17,6 +17,21 @@ from qlora_kit.errors import OutputError
 _KEY = "answers_of"
 
 
+def require_new_file(path: Path, *, overwrite: bool) -> None:
+    """What can be said of ``path`` before anything is loaded.
+
+    Raises:
+        OutputError: It exists and is not to be overwritten, is a folder, or its folder is not there.
+    """
+    if path.is_dir() or (not overwrite and os.path.lexists(path)):
+        fix = "give another --out" if path.is_dir() else "give another --out, or --overwrite to replace it"
+        raise OutputError(f"{path}: exists already", expected="a new file", fix=fix)
+    if not path.parent.is_dir():
+        raise OutputError(
+            f"{path}: its folder does not exist", expected="a file in a folder that exists", fix="correct --out"
+        )
+
+
 class AnswerLog:
     """Rows that are on disk as soon as they are added; the file itself appears when all are there."""
 
@@ -40,12 +55,10 @@ class AnswerLog:
             The log; ``done`` rows are in it already.
 
         Raises:
-            OutputError: ``path`` exists, another run's rows or another process stand in the way, or it is not writable.
+            OutputError: As ``require_new_file``, or another run's rows or another process stand in the way, or the
+                folder is not writable.
         """
-        if not overwrite and os.path.lexists(path):
-            raise OutputError(
-                f"{path}: exists already", expected="a new file", fix="give another --out, or --overwrite to replace it"
-            )
+        require_new_file(path, overwrite=overwrite)
         partial = path.with_name(f".{path.name}.unfinished")
         with full_disk_errors(path):
             try:

@@ -9,14 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from qlora_kit.adapters import weights_sha256
 from qlora_kit.conversation import Message
 from qlora_kit.data.prompt_file import Prompt
-from qlora_kit.engine import Request
-from qlora_kit.errors import Fault, QloraKitError
-from qlora_kit.training.continuing import weights_sha256
+from qlora_kit.errors import ConfigError, Fault, QloraKitError
 
 if TYPE_CHECKING:
-    from qlora_kit.engine import Answer, Engine, Handle
+    from qlora_kit.engine import Answer, Engine, Handle, Request
     from qlora_kit.generation import Sampling
 
 BASE = "base"
@@ -57,6 +56,21 @@ def questions_of(prompts: Sequence[Prompt], *, adapter: str | None, system: str 
         )
         for prompt in prompts
     ]
+
+
+def require_texts(engine: Engine, questions: Sequence[Question]) -> None:
+    """What is wrong with the texts of any question, before the first is answered.
+
+    Raises:
+        ConfigError: Texts hold control tokens, or what is no text.
+    """
+    faults = [
+        Fault(f"prompt {number}: {fault.what}", fault.expected, fault.fix)
+        for number, question in enumerate(questions, 1)
+        for fault in engine.text_faults(_turns(question))
+    ]
+    if faults:
+        raise ConfigError.of(faults, at_most=20)
 
 
 def run_key(engine: Engine, questions: Sequence[Question], sampling: Sampling, limit: int | None) -> str:
@@ -104,13 +118,19 @@ def answer_all(
 
 
 def _request(engine: Engine, question: Question, sampling: Sampling, limit: int | None) -> Request:
-    turns = [] if question.system is None else [Message("system", question.system)]
+    from qlora_kit.engine import Request
+
     tokens = engine.default_sampling(question.adapter).max_new_tokens if limit is None else limit
     return Request(
-        conversation=(*turns, Message("user", question.prompt)),
+        conversation=_turns(question),
         adapter=question.adapter,
         sampling=replace(sampling, max_new_tokens=tokens),
     )
+
+
+def _turns(question: Question) -> tuple[Message, ...]:
+    system = () if question.system is None else (Message("system", question.system),)
+    return (*system, Message("user", question.prompt))
 
 
 def _finished(index: int, handle: Handle, questions: Sequence[Question]) -> AnsweredRow:

@@ -32,9 +32,9 @@ class ChatSession:
         """
         self.engine = engine
         self.adapter: str | None = None
-        self.system: str | None = None
         self.turns: list[Message] = []
         self.last: Answer | None = None
+        self._system: str | None = None
         self._sampling = sampling
         self._fixed_limit = fixed_limit
 
@@ -46,6 +46,22 @@ class ChatSession:
         """
         self.adapter = None if adapter is None else self.engine.load_choice(adapter)
         return self.name
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that answers are given under; None for the adapter's own.
+
+        Raises:
+            ConfigError: A new one holds a control token, or is no text; the one before still holds.
+        """
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        faults = [] if text is None else self.engine.text_faults([Message("system", text)])
+        if faults:
+            raise ConfigError.of(faults)
+        self._system = text
 
     @property
     def name(self) -> str:

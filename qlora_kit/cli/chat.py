@@ -132,13 +132,21 @@ def _heed(session: ChatSession, line: str) -> bool:
 
 
 def _show(pieces: Iterator[str]) -> None:
-    """Print an answer as it comes."""
+    """Print an answer as it comes, with the end of its line; nothing where it is refused before it begins."""
+    refused = False
     with closing(pieces) as answer:  # type: ignore[type-var]
         try:
+            first = next(answer, "")
+        except QloraKitError:
+            refused = True
+            raise
+        else:
+            print(first, end="", flush=True)
             for piece in answer:
                 print(piece, end="", flush=True)
         finally:
-            print(flush=True)
+            if not refused:
+                print(flush=True)
 
 
 def _do(session: ChatSession, command: Command) -> bool:

@@ -34,9 +34,11 @@ def open_engine(base: str | None, adapters: Sequence[str], store: Path, *, max_b
     names = list(dict.fromkeys(name for adapter in adapters for name, _ in parse_adapter(adapter)))
     contracts = _checked_contracts(base, names, store)
     if not contracts:
+        named = "tiny" if base is None else base
+        resolve_base(named)  # before torch is imported
         from qlora_kit.engine import Engine
 
-        return Engine("tiny" if base is None else base, store=store, max_batch=max_batch)
+        return Engine(named, store=store, max_batch=max_batch)
     folder, contract = next(iter(contracts.items()))
     named, revision = (contract.base.id, contract.base.revision) if base is None else (base, None)
     quantization = trained_quantization(folder / CONTRACT_FILE, contract.quantization)

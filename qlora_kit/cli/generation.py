@@ -25,6 +25,7 @@ from qlora_kit.cli.sampling import (
     TopPOption,
     sampling_of,
 )
+from qlora_kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from qlora_kit.batch import AnsweredRow, Question
@@ -61,7 +62,14 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Answer a prompt, or each prompt of a file (JSONL, on stdout or in the file of --out)."""
+    from qlora_kit.batch import require_new_file, require_texts
+
+    if out is None and overwrite:
+        what = "--overwrite is given without --out"
+        raise ConfigError(what, expected="a file to replace", fix="name it with --out, or leave --overwrite out")
     questions = _questions(prompt, prompts, out, adapter=adapter, system=system)
+    if out is not None:
+        require_new_file(out, overwrite=overwrite)
     sampling = sampling_of(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -73,6 +81,7 @@ def generate(
     )
     mixes = list(dict.fromkeys(question.adapter for question in questions if question.adapter is not None))
     with open_engine(base, mixes, store) as engine:
+        require_texts(engine, questions)
         questions = _loaded(engine, questions)
         _tell_other_system_prompts(engine, questions)
         if out is not None:
@@ -90,7 +99,6 @@ def _questions(
     import sys
 
     from qlora_kit.batch import Question, questions_of
-    from qlora_kit.errors import ConfigError
 
     if (prompt is None) == (prompts is None):
         given = "neither a prompt nor --prompts" if prompt is None else "both a prompt and --prompts"

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qlora_kit.cli.output import say
+
 if TYPE_CHECKING:
     from qlora_kit.generation import Sampling
 
@@ -40,14 +42,14 @@ def sampling_of(
     repetition_penalty: float,
     seed: int | None,
 ) -> Sampling:
-    """What the options ask for; without a limit of their own, ``Sampling``'s stands there.
+    """What the options ask for; without a limit of their own, ``Sampling``'s stands there. Idle options are told.
 
     Raises:
         ConfigError: A number is out of its bounds.
     """
     from qlora_kit.generation import Sampling
 
-    return Sampling(
+    sampling = Sampling(
         max_new_tokens=Sampling.max_new_tokens if max_new_tokens is None else max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -56,3 +58,8 @@ def sampling_of(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    given = {"--top-p": top_p != 1, "--top-k": top_k != 0, "--min-p": min_p != 0, "--seed": seed is not None}
+    idle = ", ".join(name for name, is_given in given.items() if is_given)
+    if temperature == 0 and idle:
+        say(f"{idle}: without effect at temperature 0, which takes the likeliest token; --temperature 1 samples")
+    return sampling

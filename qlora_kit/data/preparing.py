@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from qlora_kit.config import DataPart, RunConfig
-from qlora_kit.conversation import DataFault, Example, check_texts
+from qlora_kit.conversation import DataFault, Example, check_texts, control_pattern
 from qlora_kit.data.duplicates import DigestSet, example_digest
 from qlora_kit.data.ledger import DataReport, Ledger, Problem, ReadFile, data_error, locate
 from qlora_kit.data.near_duplicates import NearDuplicates
@@ -108,7 +107,7 @@ class Examination:
         self.config = config
         self._sources = Sources(config) if sources is None else sources
         self.ledger = Ledger()
-        self._control = re.compile("|".join(map(re.escape, control_tokens))) if control_tokens else None
+        self._control = control_pattern(control_tokens)
         threshold = config.data.near_duplicates
         self._splits = {
             name: _Split(name, None if threshold is None else NearDuplicates(threshold)) for name in READING_ORDER

@@ -28,7 +28,7 @@ from qlora_kit.engine.requests import Answer, Handle, Request
 from qlora_kit.engine.row import Parts
 from qlora_kit.engine.scheduler import Scheduler
 from qlora_kit.engine.stats import EngineStats
-from qlora_kit.errors import ConfigError, Interrupted, QloraKitError
+from qlora_kit.errors import ConfigError, Fault, Interrupted, QloraKitError
 from qlora_kit.generation import Sampling
 from qlora_kit.models import base_facts, base_quantization, load_base_model, load_tokenizer, quantization_facts
 
@@ -175,10 +175,10 @@ class Engine:
     def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:
         """The model with ``adapter`` active inside the ``with`` block, for one's own passes; None for the base alone.
 
-        Requests wait meanwhile.
+        Requests, and other threads that load adapters, wait meanwhile.
         """
         parts = () if adapter is None else ((self._loaded.get(adapter), 1.0),)
-        with self._scheduler.lock:
+        with self._loaded.changing, self._scheduler.lock:  # in this order everywhere
             self._scheduler.use(Parts(parts))
             try:
                 yield self.model
@@ -234,7 +234,8 @@ class Engine:
 
         Args:
             request: What to answer.
-            notify: Called after each piece, and at the end, from the thread that does the work.
+            notify: Called after each piece, and at the end, from the thread that does the work, which holds the model
+                meanwhile: it must not wait, and must not load adapters.
         """
         handle = Handle(self, notify)
         try:
@@ -243,6 +244,10 @@ class Engine:
         except QloraKitError as error:
             handle.fail(error)
         return handle
+
+    def text_faults(self, conversation: Sequence[Message]) -> list[Fault]:
+        """What a request with this conversation would be refused for, so far as its texts say."""
+        return self._entrance.text_faults(conversation)
 
     def default_sampling(self, adapter: str | None = None) -> Sampling:
         """Greedy, with the answer limit that the adapter's contract records.

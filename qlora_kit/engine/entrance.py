@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.adapters.mixing import parse_adapter
-from qlora_kit.conversation import Message
-from qlora_kit.data.chat import render_prompts
+from qlora_kit.conversation import Message, control_pattern, text_fault
+from qlora_kit.data.chat import control_tokens, render_prompts
 from qlora_kit.engine.loaded import LoadedAdapters, longest_answer, shared_system_prompt
 from qlora_kit.engine.requests import Handle, Request
 from qlora_kit.engine.row import Parts, Row
-from qlora_kit.errors import AdapterError, ConfigError
+from qlora_kit.errors import AdapterError, ConfigError, Fault
 from qlora_kit.generation import Sampling
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class Entrance:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loaded: LoadedAdapters) -> None:
         self._tokenizer = tokenizer
         self._loaded = loaded
+        self._control = control_pattern(control_tokens(tokenizer))
         self._max_length: int = model.config.get_text_config().max_position_embeddings
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
 
@@ -54,14 +55,26 @@ class Entrance:
         """The prompts' token ids; conversations are rendered together.
 
         Raises:
-            QloraKitError: An adapter cannot be used, or the chat template refuses a conversation.
+            QloraKitError: An adapter cannot be used, a turn holds a control token, or the chat template refuses a
+                conversation.
         """
+        faults = [fault for request in requests for fault in self.text_faults(request.conversation)]
+        if faults:
+            raise ConfigError.of(faults)
         conversations = {
             place: self._with_system(request) for place, request in enumerate(requests) if request.conversation
         }
         rendered = render_prompts(list(conversations.values()), self._tokenizer) if conversations else []
         found = dict(zip(conversations, rendered, strict=True))
         return [tuple(found[place]) if place in found else request.prompt_ids for place, request in enumerate(requests)]
+
+    def text_faults(self, conversation: Sequence[Message]) -> list[Fault]:
+        """Turns whose text would end the turn and open another (``<|im_end|>``), or is no text."""
+        faults = [
+            text_fault(f"turn {number} ({turn.role})", turn.content, self._control)
+            for number, turn in enumerate(conversation, 1)
+        ]
+        return [fault for fault in faults if fault is not None]
 
     def row(self, request: Request, prompt_ids: tuple[int, ...], handle: Handle) -> Row:
         """The row of a request whose prompt is rendered.

@@ -37,7 +37,7 @@ class LoadedAdapter:
 
 
 class LoadedAdapters:
-    """Names to their newest versions. Reading files needs no other lock than this one's own."""
+    """Names to their newest versions. Whoever takes the scheduler's lock too takes ``changing`` first."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class LoadedAdapters:
         self._by_request: dict[str, int] = {}  # names that nobody loaded by hand, and when they were last used
         self._versions = 0
         self._uses = 0
-        self._changing = threading.RLock()  # held while files are read; looking a name up needs no lock
+        self.changing = threading.RLock()  # held while files are read, taken before the scheduler's; names need none
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class LoadedAdapters:
         Raises:
             AdapterError: No such adapter, unsound files, another base, or the name is taken by another folder.
         """
-        with self._changing:
+        with self.changing:
             folder = self._store.get(name_or_folder)
             held = self._newest.get(folder.name)
             if held is None:
@@ -116,7 +116,7 @@ class LoadedAdapters:
         """
         adapter = self._newest.get(name)
         if adapter is None:
-            with self._changing:
+            with self.changing:
                 adapter = self._newest.get(name) or self._brought_in(name)
         if name in self._by_request:
             self._uses += 1
@@ -129,7 +129,7 @@ class LoadedAdapters:
         Raises:
             AdapterError: It is not loaded, or its files cannot be used: then the loaded version stays.
         """
-        with self._changing:
+        with self.changing:
             old = self.get(name)
             new = self._read(name, old.folder)
             self._drop(old)
@@ -141,7 +141,7 @@ class LoadedAdapters:
         Raises:
             AdapterError: It is not loaded.
         """
-        with self._changing:
+        with self.changing:
             self._drop(self.get(name))
             del self._newest[name]
             self._by_request.pop(name, None)

@@ -261,7 +261,8 @@ async function run() {
     const answers = names.map((name) => answer(name, running.signal));
     if (below) element("answers").scrollIntoView(); // on a phone they stand under the settings
     await Promise.all(answers);
-    element("status").textContent = `${names.length} ${names.length === 1 ? "answer is" : "answers are"} there.`;
+    const all = `${names.length} ${names.length === 1 ? "answer is" : "answers are"} there.`;
+    element("status").textContent = running.signal.aborted ? "Stopped." : all;
   } finally {
     running = null;
     element("run").disabled = false;

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fastapi.responses import Response
 
+from qlora_kit.conversation import control_pattern
 from qlora_kit.engine import Answer
 from qlora_kit.server.admission import Admission
 from qlora_kit.server.choices import Workers
@@ -32,7 +33,7 @@ class Service:
         settings: The limits.
         workers: Runs answers on the engine.
         metrics: Counts what happens.
-        control: Matches the engine's control tokens in a text.
+        control: Matches the engine's control tokens in a text; None where it has none.
     """
 
     engine: ServedEngine
@@ -40,14 +41,13 @@ class Service:
     settings: ServerSettings
     workers: Workers
     metrics: ServerMetrics
-    control: re.Pattern[str]
+    control: re.Pattern[str] | None
 
     @classmethod
     def of(cls, engine: ServedEngine, models: ServedModels, settings: ServerSettings) -> Service:
         """The parts around an engine."""
         admission = Admission(capacity=settings.capacity, at_once=settings.max_running)
-        tokens = sorted(engine.control_tokens, key=len, reverse=True)
-        control = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+        control = control_pattern(engine.control_tokens)
         return cls(engine, models, settings, Workers(engine, admission), ServerMetrics(), control)
 
     def refuse_control_tokens(self, text: str, where: str) -> None:
@@ -56,7 +56,7 @@ class Service:
         Raises:
             ApiError: It holds a control token.
         """
-        found = self.control.search(text)
+        found = None if self.control is None else self.control.search(text)
         if found is not None:
             message = f"{where}: the text holds {found.group()}, which would end or open a turn."
             raise ApiError(400, message, param=where, code="control_token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from qlora_kit.adapters import (
     ContinuedFrom,
     check_adapter_folder,
     require_shareable,
+    weights_sha256,
 )
-from qlora_kit.adapters.gate import WEIGHTS_FILE
 from qlora_kit.adapters.lora_settings import LoraSettings
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.architecture import FAMILIES, read_architecture
@@ -98,12 +97,6 @@ def earlier_adapter(config: RunConfig) -> EarlierAdapter | None:
         )
     name = folder.name if contract is None or contract.name is None else contract.name
     return EarlierAdapter(files, contract, ContinuedFrom(name, weights_sha256(folder)))
-
-
-def weights_sha256(folder: Path) -> str:
-    """The SHA-256 of an adapter's weights' file."""
-    with (folder / WEIGHTS_FILE).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def with_settings_of(earlier: EarlierAdapter, config: RunConfig, ref: BaseRef) -> RunConfig:

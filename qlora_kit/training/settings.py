@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapters import AdapterStore, base_fingerprint
+from qlora_kit.adapters import AdapterStore, base_fingerprint, weights_sha256
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.atomic import atomic_file
 from qlora_kit.base_files import TINY, BaseRef
@@ -25,7 +25,6 @@ from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.launched import process_count
 from qlora_kit.strict_json import read_json_object
 from qlora_kit.suggest import advice
-from qlora_kit.training.continuing import weights_sha256
 
 if TYPE_CHECKING:
     import torch
