@@ -15,11 +15,11 @@ def parse_size(text: str) -> int | None:
 
 
 def in_units(count_bytes: float) -> str:
-    """A size for people: KiB, MiB or GiB."""
+    """A size for people: KiB, MiB or GiB; below a KiB, bytes."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
         if count_bytes >= size:
             return f"{count_bytes / size:.2f} {unit}"
-    return f"{count_bytes / 2**10:.0f} KiB"
+    return f"{count_bytes / 2**10:.0f} KiB" if count_bytes >= 2**10 else f"{count_bytes:.0f} bytes"
 
 
 def in_time(seconds: float) -> str:

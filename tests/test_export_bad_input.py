@@ -89,6 +89,13 @@ def test_every_fault_of_an_order_is_told_at_once(merged: Path, out: Path) -> Non
     assert len(error.faults) == 4
 
 
+def test_a_source_given_twice_and_a_quantization_in_capitals(run: Path, out: Path) -> None:
+    error = refused(out, ConfigError, "two sources have the name", [run, run], "vllm")
+    assert error.faults[0].fix == "name it once"
+    error = refused(out, ConfigError, "no such quantization", run, "gguf", quant="Q4_K_M")
+    assert error.faults[0].fix == "did you mean 'q4_k_m'?"
+
+
 def test_nothing_to_export(out: Path) -> None:
     refused(out, ConfigError, "nothing to export", [], "gguf")
 

@@ -120,6 +120,17 @@ def test_the_report_says_what_the_loaded_models_do(
     assert not (folder / "merged").exists()
 
 
+def test_an_fp4_adapter_stays_fp4_and_the_report_says_so(trained_run: tuple[Path, TrainResult], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained_run[0], run, ignore=shutil.ignore_patterns("checkpoint*"))
+    contract = json.loads((run / "qlora_kit.json").read_text())
+    contract["quantization"] |= {"bnb_4bit_quant_type": "fp4", "nf4_codes": {}}
+    (run / "qlora_kit.json").write_text(json.dumps(contract))
+    result = export_model(run, "bnb-4bit", tmp_path / "out", onto="dequantized")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (result.quant, written["bnb_4bit_quant_type"]) == ("fp4", "fp4")
+
+
 def test_a_merged_folder_is_measured_on_fixed_conversations(merged: Path, tmp_path: Path) -> None:
     result = export_model(merged, "bnb-4bit", tmp_path / "out")
     assert result.verification is not None

@@ -47,6 +47,7 @@ def test_what_a_person_reads(call: Call, trained_run: tuple[Path, TrainResult]) 
     code, out, err = call("export", trained_run[0], "--to", "bnb-4bit", "--out", "four", "--onto", "dequantized")
     assert code == 0
     assert all(len(line) <= 80 for line in out.splitlines())
+    assert " 0 KiB" not in out  # small files in bytes
     text = " ".join(out.split())
     assert "verified: 14 weights are their 4-bit round trip" in text
     assert "loss on 9 validation rows: base" in text
@@ -71,6 +72,8 @@ def test_a_dry_run_of_a_push(call: Call, trained_run: tuple[Path, TrainResult]) 
     assert "me/reviews (private)" in out
     assert "adapter_model.safetensors" in out
     assert "README.md:" in out
+    written = json.loads(call("push", trained_run[0], "--to", "me/reviews", "--dry-run", "--json")[1])["card"]
+    assert written in out  # as it is sent, not wrapped at the terminal's width
     assert "nothing was sent" in err
     code, out, _ = call("push", trained_run[0], "--to", "me/reviews", "--dry-run", "--public", "--json")
     content = json.loads(out)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from qlora_kit.base_files import TINY_FOLDER
 from qlora_kit.errors import BaseModelError, ConfigError, GuardError, OutputError, QloraKitError
+from qlora_kit.export import export_model
 from qlora_kit.export.gguf_check import require_binding
 from qlora_kit.export.gguf_metadata import read_gguf_model
 from qlora_kit.export.gguf_model import write_gguf
@@ -325,6 +326,22 @@ def test_a_check_without_the_binding_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("qlora_kit.export.gguf_check.BINDING", "no_such_binding")
     with pytest.raises(ConfigError, match="llama-cpp-python is not installed"):
         require_binding()
+
+
+def test_a_binding_that_does_not_start_is_told_before_anything_is_written(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "llama_cpp"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise FileNotFoundError(\"Shared library 'llama' not found\")")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setattr("qlora_kit.export.gguf_check.is_binding_installed", lambda: True)
+    with pytest.raises(ConfigError, match=r"does not start: .*'llama' not found"):
+        export_model(qwen, "gguf", tmp_path / "out", check=True, progress=no_progress)
+
+
+def no_progress(stage: str, done_bytes: int, total_bytes: int) -> None:
+    raise AssertionError(f"{stage} began")
 
 
 def test_a_file_that_was_replaced_is_not_opened(qwen: Path, out: Path) -> None:

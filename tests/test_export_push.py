@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import httpx
 
 from qlora_kit.adapters import AdapterStore
 from qlora_kit.errors import AdapterError, BaseModelError, OutputError, QloraKitError
@@ -170,6 +171,23 @@ def test_an_export_keeps_its_folders(run: Path, tmp_path: Path) -> None:
     assert "was not run" in result.card
 
 
+def test_the_card_of_a_base_is_not_about_the_adapter_that_named_it(run: Path, tmp_path: Path) -> None:
+    store = AdapterStore(tmp_path / "store")
+    store.add(run, "reviews")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("x")
+    found = {"max_abs_logit_diff": 0.25, "top1_agreement": 0.995}
+    (folder / "export_report.json").write_text(export("base", base="org/base", verification=found))
+    card = push_folder(folder, "me/base", dry_run=True, store=store.root).card
+    assert "`org/base` as 4-bit layers compute with it" in card
+    assert (
+        "against the base in 4 bits: logits differ by 0.25 at most, the likeliest token is the same at 99.50%" in card
+    )
+    assert "reviews" not in card
+    assert "adapter:" not in card
+
+
 def test_an_adapter_of_the_store_by_name(run: Path, tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "store")
     store.add(run, "mine")
@@ -191,7 +209,14 @@ def test_a_repository_that_is_there_is_left_alone(run: Path) -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [LocalTokenNotFoundError("no token"), OfflineModeIsEnabled("offline"), HFValidationError("bad"), OSError("down")],
+    [
+        LocalTokenNotFoundError("no token"),
+        OfflineModeIsEnabled("offline"),
+        HFValidationError("bad"),
+        OSError("down"),
+        httpx.ConnectError("Name or service not known"),
+        httpx.ReadTimeout("timed out"),
+    ],
 )
 def test_what_the_hub_says_is_told_in_three_parts(error: Exception, run: Path) -> None:
     with pytest.raises(OutputError) as caught:
@@ -213,6 +238,10 @@ def write(folder: Path, **files: str) -> Path:
     return folder
 
 
+def export(target: str = "gguf", **parts: object) -> str:
+    return json.dumps({"target": target, "sources": ["reviews"], **parts})
+
+
 @pytest.mark.parametrize(
     ("files", "error", "match"),
     [
@@ -220,6 +249,12 @@ def write(folder: Path, **files: str) -> Path:
         ({"notes__txt": "x"}, AdapterError, "no merged model"),
         ({"merge_report__json": "{"}, BaseModelError, "merge_report.json"),
         ({"export_report__json": "[]"}, BaseModelError, "export_report.json"),
+        ({"export_report__json": "{}", "x__gguf": "x"}, BaseModelError, "is no report of an export"),
+        ({"export_report__json": export("gguff"), "x__gguf": "x"}, BaseModelError, "is no report of an export"),
+        ({"export_report__json": export(merge=[1]), "x__gguf": "x"}, BaseModelError, "merge is"),
+        ({"export_report__json": export(verification={"checked": True}), "x__gguf": "x"}, BaseModelError, "top1"),
+        ({"merge_report__json": '{"base": 1}', "config__json": "{}"}, BaseModelError, "base is '1'"),
+        ({"merge_report__json": '{"verification": {"a": 1}}', "config__json": "{}"}, BaseModelError, "max_abs_logit"),
         ({"adapter_config__json": '{"peft_type": "IA3"}'}, AdapterError, "IA3"),
     ],
 )

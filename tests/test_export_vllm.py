@@ -211,6 +211,16 @@ def test_an_adapter_without_contract_needs_a_word_on_its_base(random_base: Path,
     assert "needs vLLM 0.33 or newer" in (tmp_path / "out" / "serve.sh").read_text()
 
 
+def test_a_gguf_adapter_without_contract_goes_the_way_that_its_refusal_names(random_base: Path, tmp_path: Path) -> None:
+    adapter = peft_adapter(random_base, tmp_path / "plain", use_rslora=True)
+    with pytest.raises(QloraKitError, match="no contract") as caught:
+        export_model(adapter, "gguf-lora", tmp_path / "out", base=str(random_base))
+    assert "--onto" in caught.value.faults[0].fix
+    for onto in ("dequantized", "original"):
+        export_model(adapter, "gguf-lora", tmp_path / onto, base=str(random_base), onto=onto)
+        assert (tmp_path / onto / "plain-lora.gguf").is_file()
+
+
 def test_two_adapters_of_one_name_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two sources have the name 'reviews'"):
         export_model([run, run], "vllm", tmp_path / "out")

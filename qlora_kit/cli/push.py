@@ -57,4 +57,4 @@ def _show(result: PushResult) -> None:
     if result.sent:
         stdout_console().print(f"sent: {result.url}", markup=False)
     else:
-        stdout_console().print(f"\nREADME.md:\n\n{result.card}", markup=False)
+        stdout_console().print(f"\nREADME.md:\n\n{result.card}", markup=False, soft_wrap=True)

@@ -39,7 +39,7 @@ def write_target(job: ExportJob, folder: Path) -> Produced:
         shutil.rmtree(whole.folder)
     verification = {"passed": True, "four_bit_weights": checked, "second_rounding": cost.to_json()}
     details = {"quantization": settings, "weight_bytes": written.weight_bytes, "merge": merge_facts(whole)}
-    return Produced(verification, (f"advice: {cost.advice}",), details)
+    return Produced(verification, (f"advice: {cost.advice}",), details, quant=quant_type)
 
 
 def _quantization(job: ExportJob) -> tuple[QuantType, bool]:

@@ -132,7 +132,7 @@ def export_model(
         result = ExportResult(
             output_dir=out,
             target=to,
-            quant=quant if quant is not None or not target.quants else target.quants[0],
+            quant=produced.quant or quant or next(iter(target.quants), None),
             sources=tuple(entry.name for entry in job.sources),
             files=files_in(folder),
             verification=produced.verification,

@@ -174,13 +174,22 @@ def require_binding() -> None:
     """Refuse a check that cannot be made.
 
     Raises:
-        ConfigError: llama-cpp-python is not installed.
+        ConfigError: llama-cpp-python is not installed, or does not start.
     """
     if not is_binding_installed():
         raise ConfigError(
             "--check: llama-cpp-python is not installed, so llama.cpp cannot be asked",
             expected="the package llama-cpp-python",
             fix="pip install 'qlora-kit[gguf-test]', or export without --check",
+        )
+    started = subprocess.run(
+        [sys.executable, "-P", "-c", f"import {BINDING}"], capture_output=True, text=True, errors="replace"
+    )
+    if started.returncode != 0:
+        raise ConfigError(
+            f"--check: llama-cpp-python does not start: {_last_lines(started.stderr)}",
+            expected="a binding with its library",
+            fix="pip install --force-reinstall llama-cpp-python, or set LLAMA_CPP_LIB_PATH to the library's folder",
         )
 
 
@@ -318,12 +327,6 @@ def _run_child(request: str, path: Path) -> str:
     if done.returncode == 0:
         return done.stdout
     reason = _last_lines(done.stderr)
-    if "llama_cpp" in reason and "shared library" in reason:
-        raise ConfigError(
-            f"--check: llama-cpp-python does not start: {reason}",
-            expected="a binding with its library",
-            fix="pip install --force-reinstall llama-cpp-python, or set LLAMA_CPP_LIB_PATH to the library's folder",
-        )
     raise GuardError(f"{path.name}: llama.cpp refuses it: {reason}", expected="a file that it computes with", fix=_FIX)
 
 

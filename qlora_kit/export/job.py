@@ -10,6 +10,7 @@ from qlora_kit.errors import ConfigError, Fault
 from qlora_kit.export.results import Produced
 from qlora_kit.export.source import ExportSource, Kind, Progress
 from qlora_kit.merging.onto import Onto
+from qlora_kit.suggest import advice
 
 StageProgress = Callable[[str, int, int], None]
 """Called with what is being done, and the bytes done and in all."""
@@ -94,7 +95,8 @@ def require_possible(name: str, target: Target, job: ExportJob) -> None:
     if job.quant is not None and job.quant not in target.quants:
         expected = f"one of {', '.join(target.quants)}" if target.quants else "no --quant"
         what = f"--quant {job.quant}: {name} has no such quantization"
-        faults.append(Fault(what, expected, "leave --quant out" if not target.quants else "choose one of these"))
+        fix = advice(job.quant, target.quants) if target.quants else "leave --quant out"
+        faults.append(Fault(what, expected, fix))
     faults += _option_faults(name, target, job)
     if faults:
         raise ConfigError.of(faults)
@@ -125,7 +127,8 @@ def _option_faults(name: str, target: Target, job: ExportJob) -> list[Fault]:
             faults.append(Fault(what, f"an adapter, or no --{option}", f"leave --{option} out"))
     names = _twice([source.name for source in job.sources])
     if names:
-        fix = "give the other one another name: `qlora-kit adapters rename`"
+        folders = {source.folder.resolve() for source in job.sources if source.name == names[0]}
+        fix = "give the other one another name: `qlora-kit adapters rename`" if len(folders) > 1 else "name it once"
         faults.append(Fault(f"two sources have the name {names[0]!r}", "names that differ", fix))
     return faults
 

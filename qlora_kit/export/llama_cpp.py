@@ -10,7 +10,7 @@ from typing import Any
 
 from qlora_kit.base_files import BaseRef, read_model_config
 from qlora_kit.export.drift import measure_drift, plan_adapter
-from qlora_kit.export.gguf_check import check_gguf, is_binding_installed, require_agreement
+from qlora_kit.export.gguf_check import check_gguf, is_binding_installed, require_agreement, require_binding
 from qlora_kit.export.gguf_kquants import find_quantizer
 from qlora_kit.export.gguf_lora import LORA_QUANTS, write_gguf_lora
 from qlora_kit.export.gguf_metadata import read_gguf_model
@@ -46,9 +46,10 @@ def require_writable(job: ExportJob) -> BaseRef | None:
     """Refuse, before anything is merged, what GGUF cannot hold or this machine cannot quantize; returns the base.
 
     Raises:
-        ConfigError: The quantization needs a program that is not there.
+        ConfigError: The quantization needs a program that is not there, or llama.cpp is asked for and does not start.
         BaseModelError: llama.cpp does not compute bases of this kind alike.
     """
+    _require_check(job)
     quant = find_quant(job.quant or DEFAULT_QUANT)
     if quant.quantizer is not None:
         find_quantizer(quant)
@@ -67,7 +68,8 @@ def write_model_file(job: ExportJob, whole: WholeModel, path: Path) -> GgufFile:
 
 def write_lora(job: ExportJob, folder: Path) -> Produced:
     """Write the adapter alone into ``folder``, and measure what the original base would do to it."""
-    plan = plan_adapter(job.source.folder, job.out, base=job.base, onto="auto")
+    _require_check(job)
+    plan = plan_adapter(job.source.folder, job.out, base=job.base, onto=job.onto)
     path = folder / f"{file_name(job.source.name)}-lora.gguf"
     file = write_gguf_lora(
         job.source.folder, plan.base.path, path, quant=job.quant or LORA_QUANTS[0], progress=job.stage("writing")
@@ -119,13 +121,19 @@ def file_name(name: str) -> str:
     return _ODD.sub("-", name).strip("-.") or "model"
 
 
+def _require_check(job: ExportJob) -> None:
+    """Refuse, before anything is merged, a check by a binding that is installed and does not start."""
+    if job.check and is_binding_installed():
+        require_binding()
+
+
 def _checked_lora(job: ExportJob, plan: MergePlan, file: GgufFile, folder: Path) -> dict[str, Any]:
-    """As ``checked``, on the base that the adapter was trained on, which is written for it in fp32 and deleted."""
+    """As ``checked``, on the base that the adapter was trained on or is served on, written in fp32 and deleted."""
     if not job.check or not is_binding_installed():
         return checked(job, file, plan.base.path)
     work = folder / "check"
     work.mkdir()
-    base = write_base_model(job, plan, work)
+    base = plan.base.path if plan.onto == "original" else write_base_model(job, plan, work)
     base_file = write_gguf(base, work / "base.gguf", quant="f32", name=BaseRef(plan.base.id, base).path.name)
     found = checked(job, base_file, base, lora=file, adapter=job.source.folder)
     shutil.rmtree(work)

@@ -17,7 +17,14 @@ from qlora_kit.export.gguf_model import write_gguf
 from qlora_kit.export.gguf_results import GgufFile
 from qlora_kit.export.go_template import TurnTexts, read_turn_texts
 from qlora_kit.export.job import ExportJob
-from qlora_kit.export.llama_cpp import DEFAULT_QUANT, checked, require_writable, write_base_model, write_model_file
+from qlora_kit.export.llama_cpp import (
+    DEFAULT_QUANT,
+    checked,
+    file_name,
+    require_writable,
+    write_base_model,
+    write_model_file,
+)
 from qlora_kit.export.modelfile import Modelfile, write_modelfile
 from qlora_kit.export.results import Produced
 from qlora_kit.export.source import MAX_REPORT_BYTES, merge_facts, whole_model
@@ -134,7 +141,7 @@ def _readme(job: ExportJob) -> str:
     prompt = job.source.answers.system_prompt
     about = "" if prompt is None else f"It was trained with the system prompt {prompt!r}, which the Modelfile sets.\n\n"
     task = "" if job.source.answers.task is None else f" (task {job.source.answers.task})"
-    name = job.source.name.lower()
+    name = file_name(job.source.name).lower()
     return (
         f"# {job.source.name} for Ollama\n\n`{job.source.name}`{task}, exported by qlora-kit.\n\n{about}"
         f"```\nollama create {name} -f Modelfile\nollama run {name}\n```\n\n"

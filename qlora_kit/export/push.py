@@ -210,6 +210,7 @@ def _remarks(folder: Path, files: list[str], about: Published) -> Iterator[str]:
 def _sent(result: PushResult, api: HubApi | None, *, update: bool) -> PushResult:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import httpx
 
     hub: HubApi = HfApi() if api is None else api
     message = f"{result.kind} by qlora-kit"
@@ -235,7 +236,7 @@ def _sent(result: PushResult, api: HubApi | None, *, update: bool) -> PushResult
         )
     except QloraKitError:
         raise
-    except (OSError, HFValidationError) as error:  # the Hub's own errors are OSErrors
+    except (OSError, HFValidationError, httpx.RequestError) as error:  # the Hub's own errors are OSErrors
         raise OutputError(
             f"{result.repo_id}: the Hub refused or could not be reached ({type(error).__name__}: {error})",
             expected="a repository that your token may write to, and a network connection",

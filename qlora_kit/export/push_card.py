@@ -17,12 +17,23 @@ from qlora_kit.base_files import HUB_ID
 from qlora_kit.errors import AdapterError, BaseModelError
 from qlora_kit.export.results import REPORT_FILE
 from qlora_kit.metrics import METRICS
+from qlora_kit.safetensors_header import shown
 from qlora_kit.strict_json import read_json_object
 
 CARD_FILE = "README.md"
 _MAX_REPORT_BYTES = 10_000_000
 _FIX = "write the folder again: its report is not as the kit wrote it"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "bnb-4bit": "transformers", "base": "transformers"}
+_SUMMARIES = {
+    "adapter": "A LoRA adapter{base}.",
+    "merged": "{names}, merged into a full model{base}.",
+    "bnb-4bit": "{names}{base} as bitsandbytes' 4-bit files; they load without being quantized again.",
+    "gguf": "{names}{base} as GGUF, for llama.cpp.",
+    "gguf-lora": "The adapter {names}{base} as GGUF, for llama.cpp.",
+    "ollama": "{names}{base} as GGUF with a Modelfile, for Ollama.",
+    "vllm": "{names}{base}, with a script that serves them by vLLM.",
+    "base": "{names} as 4-bit layers compute with it, in 16 bits: the base that its adapters were trained on.",
+}
 _SCORES = ("train_loss", "eval_loss", "stop_rate", "task_metric")
 
 
@@ -58,20 +69,21 @@ def published(folder: Path, store: Path) -> Published:
     files = tuple(sorted(path.name for path in folder.iterdir() if path.is_file()))
     if (folder / REPORT_FILE).is_file():
         report = _read(folder / REPORT_FILE)
-        names = tuple(str(name) for name in report.get("sources") or ())
-        merge = report.get("merge") if isinstance(report.get("merge"), dict) else {}
-        base = report.get("base") or (merge or {}).get("base")
+        target, names, base = _order(report, folder / REPORT_FILE)
         contracts = _contracts(store, names)
         base = base or next((contract.base.id for contract in contracts), None)
-        return Published(str(report.get("target")), names, base, contracts, report.get("verification"), report, files)
+        if target == "base":  # the adapter that named it is no part of it
+            names, contracts = names if base is None else (base,), ()
+        return Published(target, names, base, contracts, _part(report, "verification"), report, files)
     if (folder / MERGE_REPORT_FILE).is_file():
         report = _read(folder / MERGE_REPORT_FILE)
         name = report.get("adapter")
         contracts = _contracts(store, (str(name),), base_fingerprint=report.get("base_fingerprint"))
-        verification = report.get("verification")
-        names = (str(name) if name is not None else folder.resolve().name,)
+        verification = _part(report, "verification") or None
         kind = "base" if report.get("kind") == TRAINED_BASE else "merged"
-        return Published(kind, names, report.get("base"), contracts, verification, report, files)
+        base = _text(report, "base")
+        names = (str(name or (kind == "base" and base) or folder.resolve().name),)
+        return Published(kind, names, base, contracts, verification, report, files)
     if (folder / CONFIG_FILE).is_file():
         settings = read_lora_settings(folder / CONFIG_FILE)
         contract = AdapterContract.load(folder) if (folder / CONTRACT_FILE).is_file() else None
@@ -110,6 +122,41 @@ def _read(path: Path) -> dict[str, Any]:
     return read_json_object(path, max_bytes=_MAX_REPORT_BYTES, error=BaseModelError, fix=_FIX)
 
 
+def _order(report: Mapping[str, Any], path: Path) -> tuple[str, tuple[str, ...], str | None]:
+    """What was exported: the format, the sources' names, and the base where the report says it."""
+    target, names = report.get("target"), report.get("sources")
+    if target not in _SUMMARIES or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BaseModelError(f"{path}: is no report of an export", expected="the file that `export` wrote", fix=_FIX)
+    return str(target), tuple(names), _text(report, "base") or _text(_part(report, "merge"), "base")
+
+
+def _part(report: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A section of a report; empty where it has none."""
+    part = report.get(key)
+    if part is not None and not isinstance(part, dict):
+        raise _unsound(key, part)
+    return part or {}
+
+
+def _text(report: Mapping[str, Any], key: str) -> str | None:
+    text = report.get(key)
+    if text is not None and not isinstance(text, str):
+        raise _unsound(key, text)
+    return text
+
+
+def _figure(found: Mapping[str, Any], key: str) -> float:
+    figure = found.get(key)
+    if not isinstance(figure, int | float) or isinstance(figure, bool):
+        raise _unsound(key, figure)
+    return figure
+
+
+def _unsound(key: str, value: object) -> BaseModelError:
+    what = f"the folder's report: {key} is {shown(repr(value))}"
+    return BaseModelError(what, expected="the report that `merge` or `export` wrote", fix=_FIX)
+
+
 def _contracts(store: Path, names: Sequence[str], *, base_fingerprint: object = None) -> tuple[AdapterContract, ...]:
     """The contracts of these adapters in the store; of another base's adapter of the same name, none."""
     found = []
@@ -126,17 +173,7 @@ def _contracts(store: Path, names: Sequence[str], *, base_fingerprint: object = 
 def _summary(about: Published) -> str:
     names = ", ".join(f"`{name}`" for name in about.names)
     base = "" if about.base is None else f" on `{about.base}`"
-    texts = {
-        "adapter": f"A LoRA adapter{base}.",
-        "merged": f"{names}, merged into a full model{base}.",
-        "bnb-4bit": f"{names}{base} as bitsandbytes' 4-bit files; they load without being quantized again.",
-        "gguf": f"{names}{base} as GGUF, for llama.cpp.",
-        "gguf-lora": f"The adapter {names}{base} as GGUF, for llama.cpp.",
-        "ollama": f"{names}{base} as GGUF with a Modelfile, for Ollama.",
-        "vllm": f"{names}{base}, with a script that serves them by vLLM.",
-        "base": f"{names} as 4-bit layers compute with it, in 16 bits: the base that its adapters were trained on.",
-    }
-    return texts.get(about.kind, names) + " Made with QLoRA Kit."
+    return _SUMMARIES[about.kind].format(names=names, base=base) + " Made with QLoRA Kit."
 
 
 def _trained(contract: AdapterContract) -> str:
@@ -167,15 +204,18 @@ def _measured(about: Published) -> str:
 
 
 def _merge_lines(about: Published) -> Iterator[str]:
-    merge: Mapping[str, Any] = about.report if about.kind in ("merged", "base") else about.report.get("merge") or {}
-    found = merge.get("verification")
+    merge = about.report if about.kind in ("merged", "base") else _part(about.report, "merge")
     if not merge:
         return
-    yield f"merged onto {merge.get('onto')} weights" + ("" if found else "; the merge was not verified")
+    found = _part(merge, "verification")
+    done, live = f"merged onto {merge.get('onto')} weights", "base + adapter"
+    if about.kind == "base":
+        done, live = "the codes of 4-bit layers, dequantized", "the base in 4 bits"
+    yield done + ("" if found else "; not verified")
     if found:
         yield (
-            f"the written weights against base + adapter: logits differ by {found['max_abs_logit_diff']:.2g} at most, "
-            f"the likeliest token is the same at {found['top1_agreement']:.2%}"
+            f"the written weights against {live}: logits differ by {_figure(found, 'max_abs_logit_diff'):.2g} at most, "
+            f"the likeliest token is the same at {_figure(found, 'top1_agreement'):.2%}"
         )
 
 
@@ -183,13 +223,14 @@ def _export_lines(about: Published) -> Iterator[str]:
     if about.kind in ("merged", "adapter", "base"):
         return
     found = about.verification or {}
-    rounding = found.get("second_rounding")
-    if rounding is not None:
-        logits = rounding["logits"]
-        yield f"4 bits against 16: KL {logits['kl']:.2g}, the same likeliest token at {logits['top1_agreement']:.2%}"
-        yield rounding["advice"]
+    rounding = _part(found, "second_rounding")
+    if rounding:
+        logits = _part(rounding, "logits")
+        same = f"the same likeliest token at {_figure(logits, 'top1_agreement'):.2%}"
+        yield f"4 bits against 16: KL {_figure(logits, 'kl'):.2g}, {same}"
+        yield str(rounding.get("advice"))
     elif found.get("checked"):
-        yield f"llama.cpp against transformers: the same likeliest token at {found['top1_agreement']:.2%}"
+        yield f"llama.cpp against transformers: the same likeliest token at {_figure(found, 'top1_agreement'):.2%}"
     elif found.get("reason"):
         yield str(found["reason"])
 

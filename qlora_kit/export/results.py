@@ -26,11 +26,13 @@ class Produced:
         verification: What was measured on the written files; None where nothing was.
         remarks: What a user should know before using the files.
         details: More for the report, by key.
+        quant: How weights are quantized, where that is not the format's default when nobody asked.
     """
 
     verification: Mapping[str, Any] | None
     remarks: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    quant: str | None = None
 
 
 @dataclass(frozen=True)
