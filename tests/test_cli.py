@@ -285,6 +285,7 @@ def test_merge_writes_the_trained_base_alone(command: Callable[..., Outcome], st
     )
     table = command("merge", "reviews", "--base-only", "--out", "trained", "--max-shard-size", "1 mb")
     assert "already there" in table.out
+    assert "--overwrite" in table.out
     assert "trained base" in table.out
     refused(command("merge", "reviews", "--base", "trained", "--out", "merged"), "is the trained base of")
     refused(command("merge", "--base-only", "--onto", "original", "--out", "merged"), "the base itself")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 
 from qlora_kit.adapters import AdapterContract, AdapterStore
@@ -226,6 +226,20 @@ def test_a_result_of_peft_that_is_wrong_stops_it(
     assert [card.name for card in AdapterStore(tmp_path / "adapters").list()] == ["a", "b"]
 
 
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_parts_that_nearly_cancel_each_other_out_are_combined(
+    make: Callable[..., Path], tmp_path: Path, method: Method
+) -> None:
+    weights = make("a", 1) / "adapter_model.safetensors"
+    near = make("b", 1) / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * (1 + 1e-4) for name, tensor in tensors.items()}, near, metadata={"format": "pt"})
+    found = combine(tmp_path, ("a", -1.0), ("b", 1.0), method=method)
+    sizes = deltas(weights.parent)
+    for name, delta in deltas(found.card.path).items():
+        torch.testing.assert_close(delta, 2e-4 * sizes[name], rtol=0, atol=1e-5 * float(sizes[name].abs().max()))
+
+
 REFUSED: dict[str, tuple[type[Exception], dict[str, Any], dict[str, Any], str]] = {
     "dora": (AdapterError, {"use_dora": True}, {}, "use_dora"),
     "saved-module": (AdapterError, {"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
@@ -239,6 +253,10 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any], dict[str, Any], str]] 
     "rank-zero": (ConfigError, {}, {"method": "svd", "rank": 0}, "--rank 0"),
     "density-with-cat": (ConfigError, {}, {"density": 0.5}, "--density 0.5 with --method cat"),
     "density-two": (ConfigError, {}, {"method": "ties", "density": 2.0}, "--density 2.0"),
+    "seed-with-cat": (ConfigError, {}, {"seed": 0}, "--seed 0 with --method cat"),
+    "seed-with-ties": (ConfigError, {}, {"method": "ties", "seed": 1}, "--seed 1 with --method ties"),
+    "seed-too-large": (ConfigError, {}, {"method": "dare_ties", "seed": 2**70}, f"--seed {2**70}"),
+    "seed-below-zero": (ConfigError, {}, {"method": "dare_ties", "seed": -1}, "--seed -1"),
     "no-method": (ConfigError, {}, {"method": "mean"}, "--method is 'mean'"),
 }
 
@@ -274,6 +292,9 @@ def test_adapters_that_do_not_belong_together_are_refused(
         combine(tmp_path, ("a", 1.0), ("b", 1.0))
     with pytest.raises(AdapterError, match="named twice"):
         combine(tmp_path, ("a", 1.0), ("a", 1.0))
+    shutil.copytree(tmp_path / "adapters" / "a", tmp_path / "twin")
+    with pytest.raises(AdapterError, match="a and twin hold the same weights"):
+        combine(tmp_path, ("a", 1.0), (str(tmp_path / "twin"), -1.0))
     with pytest.raises(ConfigError, match="of one adapter"):
         combine(tmp_path, ("a", 1.0), method="svd")
     with pytest.raises(AdapterError, match="is the name of one of the parts"):
@@ -339,7 +360,7 @@ def test_the_command(
     assert content["parts"] == [{"name": "a", "weight": 0.7}, {"name": "b", "weight": 0.3}]
     assert "note: not scored on sentiment (a): there is no config.yaml" in err
     for arguments, message in (
-        (["a", "b", "--name", "mix"], "the name is taken"),
+        (["a", "b", "--name", "mix"], "or give --replace"),
         (["a", "b", "--name", "c", "--method", "mean"], "--method is 'mean'"),
     ):
         with pytest.raises(SystemExit) as ended:

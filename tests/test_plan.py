@@ -77,6 +77,14 @@ def test_overrides_and_the_longest_length_hold(plan: Callable[..., dict[str, Any
     assert plan("--gpu", "12GiB", f"train.max_length={longest + 64}")["fits"] is False
 
 
+def test_rows_longer_than_the_base_takes_are_told(plan: Callable[..., dict[str, Any]]) -> None:
+    def told(length: int) -> str:
+        return " ".join(plan("--gpu", "24GiB", f"train.max_length={length}")["notes"])
+
+    assert "max_length is 32,769, and the base takes 32,768 tokens" in told(32769)
+    assert "the base takes" not in told(32768)
+
+
 def test_where_nothing_fits_it_says_what_would(
     plan: Callable[..., dict[str, Any]], base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +159,11 @@ def test_nothing_heavy_is_imported(base: Path) -> None:
         ({"model_type": "gpt2"}, ["--gpu", "24GiB"], "model_type"),
         ({"hidden_size": 0}, ["--gpu", "24GiB"], "hidden_size"),
         ({}, ["--gpu", "24GiB", "train.optim=adam"], "train.optim"),
+        (
+            {},
+            ["--gpu", "24GiB", "train.gradient_checkpointing=true", "train.checkpointed_layers=29"],
+            "checkpointed_layers is 29, and",
+        ),
     ],
 )
 def test_mistakes_end_with_2(

@@ -274,9 +274,7 @@ class AdapterStore:
     def _refuse_collision(self, name: str, *, replace: bool, besides: str | None = None) -> None:
         for other in self._entries():
             if other == name and not replace:
-                fix = (
-                    "give another name, delete that adapter first, or (with `adapters add` and `adopt`) give --replace"
-                )
+                fix = "give another name, delete that adapter first, or give --replace (not with `adapters rename`)"
                 raise AdapterError(f"{self.root / name}: the name is taken", expected="a new name", fix=fix)
             if other != name and other != besides and other.casefold() == name.casefold():
                 what = f"{name!r} differs from the adapter {other!r} only in upper and lower case"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def combine_adapters(
-    parts: Annotated[list[str], typer.Argument(metavar="NAME:WEIGHT...", help="Store names or folders.")],
+    parts: Annotated[list[str], typer.Argument(metavar="NAME:WEIGHT", help="Store names or folders.")],
     *,
     name: Annotated[str, typer.Option(help="Name of the combination in the store.")],
     method: Annotated[
@@ -33,7 +33,7 @@ def combine_adapters(
     density: Annotated[
         float | None, typer.Option(help="Share of values that ties and dare_ties keep; 0.5 if not given.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the values that dare_ties drops.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the values that dare_ties drops; 0 if not given.")] = None,
     base: Annotated[str | None, typer.Option(help="To score on, if the contracts' own lies elsewhere now.")] = None,
     score: Annotated[
         bool, typer.Option("--score/--no-score", help="Load the base and score parts and combination on each task.")

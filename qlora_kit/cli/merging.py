@@ -113,7 +113,9 @@ def _table(result: MergeResult) -> Table:
 
     table = Table(title=Text(str(result.output_dir), "table.title"), show_header=False)
     if result.already_there:
-        table.add_row("already there", "made of the same inputs, its files as they were written; nothing was done")
+        table.add_row(
+            "already there", "made of the same inputs, its files as they were; nothing was done (--overwrite: again)"
+        )
     if result.adapter is None:
         table.add_row("trained base", Text(f"{result.base}, as 4-bit layers compute with it, in 16 bits"))
     else:

@@ -22,7 +22,7 @@ from qlora_kit.adapters.contract_file import COMBINED
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE
 from qlora_kit.adapters.trained_base import read_trained_base
 from qlora_kit.base_files import resolve_base
-from qlora_kit.combining.layers import PRUNING, CombinedLayer, Factors, Recipe, combine_layer
+from qlora_kit.combining.layers import CombinedLayer, Factors, Recipe, combine_layer
 from qlora_kit.combining.planning import CheckedPart, CombinationPlan, Part, Wishes, plan_combination
 from qlora_kit.combining.scoring import TaskScore, as_metrics, score_combination
 from qlora_kit.errors import AdapterError
@@ -147,7 +147,8 @@ def _combine_layers(plan: CombinationPlan) -> dict[str, CombinedLayer]:
     recipe = Recipe(plan.wishes.method, plan.wishes.rank, plan.wishes.density)
     layers = {}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.wishes.seed)
+        if plan.wishes.seed is not None:
+            torch.manual_seed(plan.wishes.seed)
         for module in plan.modules:
             parts = plan.parts_of(module)
             factors = [_factors(part, module) for part in parts]
@@ -227,7 +228,7 @@ def _contract(plan: CombinationPlan) -> AdapterContract:
             method=wishes.method,
             parts=tuple(CombinedPart(part.name, part.sha256, part.weight) for part in plan.parts),
             density=wishes.density,
-            seed=wishes.seed if wishes.method == PRUNING[1] else None,
+            seed=wishes.seed,
         ),
     )
 

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 Method = Literal["linear", "cat", "svd", "ties", "dare_ties"]
 METHODS: tuple[Method, ...] = get_args(Method)
 PRUNING: tuple[Method, ...] = ("ties", "dare_ties")
+DRAWN: Method = "dare_ties"
 SAME_RANK: tuple[Method, ...] = ("linear", "ties", "dare_ties")
 TOLERANCE = 1e-5
-"""Of an exact combination in fp32, relative to the norm of the weighted sum."""
+"""Of an exact combination in fp32, relative to the norms of its weighted parts: their sum may nearly cancel out."""
 _NEW = "combination"
 
 
@@ -82,15 +83,16 @@ def combine_layer(parts: Sequence[Factors], weights: Sequence[float], recipe: Re
     """
     alone = _through_peft(parts[:1], [1.0], Recipe("linear"))
     _require(name, "one adapter at weight 1.0 is not itself", _difference(alone, parts[:1], [1.0]))
+    share = _share_left(parts, weights)
     if recipe.method == "svd" and len(parts) > 1:
         combined, lost = _smallest_loss(parts, weights, recipe)
         difference = _difference(combined, parts, weights)
-        _require(name, "svd is not the nearest combination of its rank", abs(difference - lost))
+        _require(name, "svd is not the nearest combination of its rank", abs(difference - lost) * share)
     else:
         combined = _through_peft(parts, weights, recipe)
         difference = _difference(combined, parts, weights)
         if recipe.method == "cat" or len(parts) == 1:
-            _require(name, "it is not the weighted sum of its parts", difference)
+            _require(name, "it is not the weighted sum of its parts", difference * share)
     return CombinedLayer(combined, difference)
 
 
@@ -176,6 +178,16 @@ def _difference(combined: Factors, parts: Sequence[Factors], weights: Sequence[f
     if total == 0:
         return 0.0 if off == 0 else float("inf")
     return off / total
+
+
+def _share_left(parts: Sequence[Factors], weights: Sequence[float]) -> float:
+    """Norm of the weighted sum over the norms of its weighted parts, at most 1: what they do not cancel out."""
+    import torch
+
+    scaled = [weight * part.scaling * part.b.double() for part, weight in zip(parts, weights, strict=True)]
+    norms = [_norm(b, part.a.double()) for b, part in zip(scaled, parts, strict=True)]
+    total = _norm(torch.cat(scaled, dim=1), torch.cat([part.a.double() for part in parts], dim=0))
+    return total / sum(norms) if any(norms) else 1.0
 
 
 def _norm(b: torch.Tensor, a: torch.Tensor) -> float:

@@ -18,12 +18,14 @@ from qlora_kit.adapters import (
     read_adapter,
 )
 from qlora_kit.adapters.lora_settings import MAX_RANK
-from qlora_kit.combining.layers import METHODS, PRUNING, SAME_RANK, Method
+from qlora_kit.combining.layers import DRAWN, METHODS, PRUNING, SAME_RANK, Method
 from qlora_kit.errors import AdapterError, ConfigError, Fault
 from qlora_kit.safetensors_header import shown
 from qlora_kit.suggest import advice
 
 DEFAULT_DENSITY = 0.5
+DEFAULT_SEED = 0
+MAX_SEED = 2**32 - 1
 MAX_PARTS = 16
 
 
@@ -43,13 +45,13 @@ class Wishes:
         method: One of ``METHODS``.
         rank: The most that ``svd`` gives a layer; None for the largest of its parts.
         density: Share of the values that ``ties`` and ``dare_ties`` keep; None for a half.
-        seed: Of the values that ``dare_ties`` drops.
+        seed: Of the values that ``dare_ties`` drops; None for 0.
     """
 
     method: Method = "cat"
     rank: int | None = None
     density: float | None = None
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class CombinationPlan:
 
     Attributes:
         name: Of the adapter that it becomes.
-        wishes: How; the density filled in where the method has one.
+        wishes: How; density and seed filled in where the method has them.
         parts: In the order given.
         modules: The layers that any of them adapts, sorted.
         notes: What the user should know, a sentence each.
@@ -141,6 +143,7 @@ def plan_combination(
     store.require_place(folders[0], name, replace=replace_old)
     checked = tuple(_read(part, folder) for part, folder in zip(parts, folders, strict=True))
     faults = [fault for part in checked[1:] for fault in _differences(checked[0], part)]
+    faults += _twin_faults(checked)
     faults += _rank_faults(checked, wishes)
     if faults:
         raise AdapterError.of(faults)
@@ -167,6 +170,11 @@ def _checked_wishes(wishes: Wishes, parts: Sequence[Part]) -> Wishes:
         fix = f"take --method {PRUNING[0]}, or leave --density out"
         expected = f"above 0 and at most 1, with {' or '.join(PRUNING)} alone"
         faults.append(Fault(f"--density {wishes.density} with --method {method}", expected, fix))
+    if wishes.seed is not None and (method != DRAWN or not 0 <= wishes.seed <= MAX_SEED):
+        fix = f"take --method {DRAWN}, or leave --seed out"
+        faults.append(
+            Fault(f"--seed {wishes.seed} with --method {method}", f"0 to {MAX_SEED}, with {DRAWN} alone", fix)
+        )
     if method in PRUNING:
         negative = [part.adapter for part in parts if part.weight < 0]
         if negative:
@@ -176,7 +184,9 @@ def _checked_wishes(wishes: Wishes, parts: Sequence[Part]) -> Wishes:
     if faults:
         raise ConfigError.of(faults)
     if method in PRUNING and wishes.density is None:
-        return replace(wishes, density=DEFAULT_DENSITY)
+        wishes = replace(wishes, density=DEFAULT_DENSITY)
+    if method == DRAWN and wishes.seed is None:
+        wishes = replace(wishes, seed=DEFAULT_SEED)
     return wishes
 
 
@@ -247,6 +257,18 @@ def _differences(first: CheckedPart, other: CheckedPart) -> list[Fault]:
         )
         for fault in first.contract.mismatches(facts)
     ]
+
+
+def _twin_faults(parts: Sequence[CheckedPart]) -> list[Fault]:
+    """Parts of the same weights, which count as one adapter, or cancel each other out."""
+    faults: list[Fault] = []
+    seen: dict[str, str] = {}
+    for part in parts:
+        if part.sha256 in seen:
+            what = f"{seen[part.sha256]} and {part.name} hold the same weights"
+            faults.append(Fault(what, "each adapter once", "name one of them, with the weights added up"))
+        seen.setdefault(part.sha256, part.name)
+    return faults
 
 
 def _rank_faults(parts: Sequence[CheckedPart], wishes: Wishes) -> list[Fault]:

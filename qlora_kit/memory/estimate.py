@@ -100,6 +100,9 @@ def _kept_parts(workload: Workload, checkpoints: int, held: int) -> dict[str, in
 
 def _notes(workload: Workload, validation_leads: bool) -> tuple[str, ...]:
     notes = [f"{name} is not counted" for name in workload.uncounted]
+    context = workload.architecture.context_length
+    if workload.length > context:
+        notes.append(f"max_length is {workload.length:,}, and the base takes {context:,} tokens: lower it to those")
     if workload.optim not in OPTIMIZERS:
         notes.append(f"the optimizer {workload.optim} is counted as adamw_torch, with 8 bytes for each trained number")
     if workload.use_dora:

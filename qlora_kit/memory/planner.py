@@ -14,7 +14,7 @@ from qlora_kit.memory.estimate import Estimate, estimate
 from qlora_kit.memory.files import file_bytes, merge_memory_bytes
 from qlora_kit.memory.optimizers import state_of
 from qlora_kit.memory.speed import tokens_per_second
-from qlora_kit.memory.workload import Device, Workload, workload_of
+from qlora_kit.memory.workload import Device, Workload, require_no_more_layers, workload_of
 
 SMALL_OPTIMIZER = "paged_adamw_8bit"
 ROUND_TOKENS = 64  # a longest max_length is rounded down to a multiple of it
@@ -146,10 +146,12 @@ def estimate_memory(config: RunConfig, card: Card, *, device: Device = "cuda") -
 
     Raises:
         BaseModelError: The base is not found, or is of a family whose tensors are not known.
+        ConfigError: ``train.checkpointed_layers`` is more than it has.
     """
     ref = resolve_description(config.model.base, config.model.revision)
     base_config = read_model_config(ref)
     architecture = read_architecture(base_config, where=str(ref.path / "config.json"))
+    require_no_more_layers(config.train.checkpointed_layers, architecture.layers, base=ref.id)
     return make_plan(workload_of(config, architecture, base_config=base_config, device=device, bf16=card.bf16), card)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from qlora_kit.adapters.lora_settings import LoraSettings
 from qlora_kit.architecture import Architecture
 from qlora_kit.config import LoraSection, RunConfig
+from qlora_kit.errors import ConfigError
 from qlora_kit.launched import process_count
 
 Device = Literal["cuda", "cpu"]
@@ -146,6 +147,20 @@ class Workload:
     def with_(self, **changes: Any) -> Workload:
         """The same run with other settings."""
         return replace(self, **changes)
+
+
+def require_no_more_layers(checkpointed: int | None, layers: int, *, base: str) -> None:
+    """Compare ``train.checkpointed_layers`` with the layers that the base has.
+
+    Raises:
+        ConfigError: It is more.
+    """
+    if checkpointed is not None and checkpointed > layers:
+        raise ConfigError(
+            f"train.checkpointed_layers is {checkpointed}, and {base} has {layers} layers",
+            expected=f"1 to {layers}, or null for all",
+            fix="remove it to checkpoint all layers, or lower it",
+        )
 
 
 def workload_of(

@@ -8,7 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.base_files import BaseRef, read_model_config
 from qlora_kit.config import TrainSection
-from qlora_kit.errors import ConfigError
+from qlora_kit.memory.workload import require_no_more_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,13 +21,8 @@ def require_layers(train: TrainSection, ref: BaseRef) -> None:
         ConfigError: It names more layers than the base has.
     """
     layers = read_model_config(ref).get("num_hidden_layers")
-    wanted = train.checkpointed_layers
-    if wanted is not None and isinstance(layers, int) and wanted > layers:
-        raise ConfigError(
-            f"train.checkpointed_layers is {wanted}, and {ref.id} has {layers} layers",
-            expected=f"1 to {layers}, or null for all",
-            fix="remove it to checkpoint all layers, or lower it",
-        )
+    if isinstance(layers, int):
+        require_no_more_layers(train.checkpointed_layers, layers, base=ref.id)
 
 
 def checkpoint_first_layers(model: PreTrainedModel, count: int) -> None:
