@@ -36,6 +36,7 @@ from qlora_kit.stop_token import TokenRows, choose_token_rows
 from qlora_kit.token_rows import show_bias_of_head
 from qlora_kit.training.callbacks import TrainingProgress
 from qlora_kit.training.checkpointed_layers import require_layers
+from qlora_kit.training.context import tell_beyond_context
 from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
@@ -159,6 +160,7 @@ def train(
     require_servable(config, described)
     data = main_first(lambda: _usable_data(config, tokenizer))
     tell_notes(data.ledger)
+    tell_beyond_context(described, data.ledger)
     if resume:
         config = begun_with(config, folder)
     config = from_main(lambda: within_memory(config, described, data.ledger, device=device, adapt=not resume))
