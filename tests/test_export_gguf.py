@@ -335,7 +335,7 @@ def test_a_binding_that_does_not_start_is_told_before_anything_is_written(
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise FileNotFoundError(\"Shared library 'llama' not found\")")
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    monkeypatch.setattr("qlora_kit.export.gguf_check.is_binding_installed", lambda: True)
+    monkeypatch.syspath_prepend(package.parent)
     with pytest.raises(ConfigError, match=r"does not start: .*'llama' not found"):
         export_model(qwen, "gguf", tmp_path / "out", check=True, progress=no_progress)
 
