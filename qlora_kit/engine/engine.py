@@ -7,7 +7,6 @@ print(engine.ask("The soup was far from bad.", adapter="sentiment").text)
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +23,12 @@ from qlora_kit.conversation import Message
 from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.engine.entrance import Entrance
 from qlora_kit.engine.loaded import LoadedAdapters
+from qlora_kit.engine.loop import EngineLoop
 from qlora_kit.engine.requests import Answer, Handle, Request
 from qlora_kit.engine.row import Parts
 from qlora_kit.engine.scheduler import Scheduler
 from qlora_kit.engine.stats import EngineStats
-from qlora_kit.errors import ConfigError, Fault, Interrupted, QloraKitError
+from qlora_kit.errors import ConfigError, Fault, QloraKitError
 from qlora_kit.generation import Sampling
 from qlora_kit.models import base_facts, base_quantization, load_base_model, load_tokenizer, quantization_facts
 
@@ -87,9 +87,7 @@ class Engine:
         )
         self._loaded = LoadedAdapters(self.store, self._require_fit, attach=self._attach, drop=self._scheduler.drop)
         self._entrance = Entrance(self.model, self.tokenizer, self._loaded)
-        self._thread: threading.Thread | None = None
-        self._work = threading.Event()
-        self._is_closing = False
+        self._loop = EngineLoop(self._scheduler)
 
     # --- adapters ---
 
@@ -237,10 +235,10 @@ class Engine:
             notify: Called after each piece, and at the end, from the thread that does the work, which holds the model
                 meanwhile: it must not wait, and must not load adapters.
         """
-        handle = Handle(self, notify)
+        handle = Handle(self._loop, notify)
         try:
             (prompt_ids,) = self._entrance.prompts([request])
-            self._enter(request, prompt_ids, handle)
+            self._loop.enter(self._entrance.row(request, prompt_ids, handle))
         except QloraKitError as error:
             handle.fail(error)
         return handle
@@ -260,51 +258,35 @@ class Engine:
     def _submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """Handles of requests that are rendered together; raises what is wrong with one of them."""
         prompts = self._entrance.prompts(requests)
-        handles = [Handle(self) for _ in requests]
+        handles = [Handle(self._loop) for _ in requests]
         try:
             for request, prompt_ids, handle in zip(requests, prompts, handles, strict=True):
-                self._enter(request, prompt_ids, handle)
+                self._loop.enter(self._entrance.row(request, prompt_ids, handle))
         except QloraKitError:
             for handle in handles:
                 handle.cancel()
             raise
         return handles
 
-    def _enter(self, request: Request, prompt_ids: tuple[int, ...], handle: Handle) -> None:
-        if self._is_closing:
-            raise _closed()
-        self._scheduler.submit(self._entrance.row(request, prompt_ids, handle))
-        self._work.set()
-
     # --- the loop ---
 
     @property
     def is_started(self) -> bool:
         """Whether the engine's thread runs."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._loop.is_started
 
     def advance(self) -> None:
         """One step of the batch, where no thread makes them: one token for each request under way."""
-        if not self._scheduler.step() and not self.is_started:
-            self._work.wait(0.01)  # another thread holds the request that is waited for
+        self._loop.advance()
 
     def start(self) -> Engine:
         """Let a thread of the engine do the work from now on."""
-        if not self.is_started:
-            self._is_closing = False
-            self._thread = threading.Thread(target=self._run, name="qlora-kit-engine", daemon=True)
-            self._thread.start()
+        self._loop.start()
         return self
 
     def close(self) -> None:
         """End the thread after the step under way; requests that are not done fail. ``start`` begins again."""
-        self._is_closing = True
-        self._work.set()
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
-        self._scheduler.fail_all(_closed())
-        self._is_closing = False
+        self._loop.close()
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -313,17 +295,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _run(self) -> None:
-        try:
-            while not self._is_closing:
-                self._work.clear()
-                if not self._scheduler.step():
-                    self._work.wait()
-        except BaseException as error:
-            self._is_closing = True
-            self._scheduler.fail_all(_broken(error))
-            raise
 
     def stats(self) -> EngineStats:
         """What the engine does now, and what it did since it was made."""
@@ -340,15 +311,3 @@ class Engine:
             prefix_bytes=scheduler.prefixes.bytes,
             bank_bytes=scheduler.bank.bytes,
         )
-
-
-def _closed() -> Interrupted:
-    return Interrupted(
-        "the engine was closed before the request was answered", expected="a running engine", fix="send it again"
-    )
-
-
-def _broken(error: BaseException) -> QloraKitError:
-    return Interrupted(
-        f"the engine stopped: {type(error).__name__}: {error}", expected="a running engine", fix="start it again"
-    )
