@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.adapters.lora_setting_kinds import KINDS
 from qlora_kit.adapters.module_pattern import (
-    MAX_CHARACTERS,
     MAX_NAME_CHARACTERS,
     ModulePattern,
     is_plain,
     module_matcher,
     names_module,
-    parse_pattern,
     pattern_names_end_of,
 )
 from qlora_kit.errors import AdapterError, Fault
@@ -25,22 +24,15 @@ from qlora_kit.safetensors_header import shown
 from qlora_kit.strict_json import read_json_object
 
 MAX_CONFIG_BYTES = 4_000_000
-MAX_RANK = 1024
 MAX_FAULTS = 20
-_BIASES = ("none", "all", "lora_only")
-# Other initialisations (PiSSA, OLoRA, LoftQ, CorDA, ...) run again when PEFT loads the adapter, and
-# rewrite the base's weights.
-_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Keys without effect on a loaded adapter; any value will do.
-_INERT_KEYS: tuple[str, ...] = (
+_INERT_KEYS = (
     "base_model_name_or_path",
     "revision",
     "peft_version",
     "inference_mode",
     "lora_dropout",
     "corda_config",
-)
-_INERT_KEYS += (
     "eva_config",
     "loftq_config",
     "lora_ga_config",
@@ -49,8 +41,6 @@ _INERT_KEYS += (
 )
 _OFF: tuple[Any, ...] = (None, False, {}, [])
 _EXPRESSION_COST = 100
-_MAX_EXPRESSIONS = 1000
-_EXPRESSION = f"one regular expression of at most {MAX_CHARACTERS} characters, without repeated groups"
 _FIX = "get the adapter from its author again, or train it with settings of this list"
 
 
@@ -172,11 +162,11 @@ def read_lora_settings(path: Path) -> LoraSettings:
         raise AdapterError(what, expected="LORA: this kit loads LoRA adapters only", fix="use a LoRA adapter")
     faults = [
         Fault(f"{path}: {key} is {shown(str(content.get(key)))}", expected, _FIX)
-        for key, (expected, accepts) in _KINDS.items()
+        for key, (expected, accepts) in KINDS.items()
         if not accepts(content.get(key))
     ]
-    known = f"only settings that the kit knows: {', '.join(sorted(_KINDS))}"
-    for key in sorted(content.keys() - _KINDS.keys() - {"peft_type", *_INERT_KEYS}):
+    known = f"only settings that the kit knows: {', '.join(sorted(KINDS))}"
+    for key in sorted(content.keys() - KINDS.keys() - {"peft_type", *_INERT_KEYS}):
         if content[key] not in _OFF:
             faults.append(Fault(f"{path}: {shown(key)} is set to {shown(str(content[key]))}", known, _FIX))
     if isinstance(content.get("target_modules"), str) and content.get("layers_to_transform") not in (None, []):
@@ -241,113 +231,3 @@ def _numbers(value: Any) -> tuple[int, ...] | None:
     if value is None or value == []:
         return None
     return (value,) if isinstance(value, int) else tuple(value)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MAX_RANK
-
-
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 1e6
-
-
-def _is_pattern(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    if is_plain(value):
-        return len(value) <= MAX_CHARACTERS
-    try:
-        parse_pattern(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_patterns(value: Any) -> bool:
-    if not isinstance(value, dict) or sum(not is_plain(key) for key in value) > _MAX_EXPRESSIONS:
-        return False
-    return all(_is_pattern(key) for key in value)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,256}", value) is not None
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_name(item) for item in value)
-
-
-def _is_index(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**31
-
-
-def _is_indices(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_index(item) for item in value)
-
-
-def _is_token_ids(value: Any) -> bool:
-    return _is_indices(value) and len(set(value)) == len(value)
-
-
-def _is_auto_mapping(value: Any) -> bool:
-    """PEFT imports the module named here; transformers' own are what it writes itself."""
-    return value is None or (
-        isinstance(value, dict) and str(value.get("parent_library")).startswith("transformers.models.")
-    )
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or type(value) is bool
-
-
-_Kind = tuple[str, Callable[[Any], bool]]
-_KINDS: dict[str, _Kind] = {
-    "task_type": ("CAUSAL_LM or null", lambda value: value in (None, "CAUSAL_LM")),
-    "auto_mapping": ("null, or a class of transformers", _is_auto_mapping),
-    "r": (f"a whole number from 1 to {MAX_RANK}", _is_rank),
-    "lora_alpha": ("a number above 0, at most a million", _is_alpha),
-    "target_modules": (
-        f"a list of module names, or {_EXPRESSION}",
-        lambda value: (_is_names(value) and bool(value)) or _is_pattern(value),
-    ),
-    "exclude_modules": (
-        f"null, a list of module names, or {_EXPRESSION}",
-        lambda value: value is None or _is_names(value) or _is_pattern(value),
-    ),
-    "layers_to_transform": (
-        "null, a layer number, or a list of them",
-        lambda value: value is None or _is_index(value) or _is_indices(value),
-    ),
-    "layers_pattern": (
-        "null, a module name, or a list of them",
-        lambda value: value in (None, "") or _is_name(value) or _is_names(value),
-    ),
-    "rank_pattern": (
-        f"an object of module patterns to ranks from 1 to {MAX_RANK}",
-        lambda value: value is None or (_is_patterns(value) and all(_is_rank(rank) for rank in value.values())),
-    ),
-    "alpha_pattern": (
-        "an object of module patterns to numbers above 0",
-        lambda value: value is None or (_is_patterns(value) and all(_is_alpha(alpha) for alpha in value.values())),
-    ),
-    "modules_to_save": ("null or a list of module names", lambda value: value is None or _is_names(value)),
-    "trainable_token_indices": (
-        "null, a list of token ids, each once, or an object of module names to such lists",
-        lambda value: (
-            value is None
-            or _is_token_ids(value)
-            or (isinstance(value, dict) and all(_is_name(key) and _is_token_ids(rows) for key, rows in value.items()))
-        ),
-    ),
-    "bias": (
-        f"one of {', '.join(_BIASES)}",
-        lambda value: value is None or (isinstance(value, str) and value in _BIASES),
-    ),
-    "use_rslora": ("true or false", _is_flag),
-    "use_dora": ("true or false", _is_flag),
-    "ensure_weight_tying": ("true or false", _is_flag),
-    "init_lora_weights": (
-        "true, false, gaussian, eva or orthogonal: other initialisations rewrite the base when the adapter is loaded",
-        lambda value: not isinstance(value, list | dict) and value in _INITIALISATIONS,
-    ),
-}

@@ -17,7 +17,7 @@ from qlora_kit.adapters import (
     check_name,
     read_adapter,
 )
-from qlora_kit.adapters.lora_settings import MAX_RANK
+from qlora_kit.adapters.lora_setting_kinds import MAX_RANK
 from qlora_kit.combining.layers import DRAWN, METHODS, PRUNING, SAME_RANK, Method
 from qlora_kit.errors import AdapterError, ConfigError, Fault
 from qlora_kit.safetensors_header import shown

@@ -1,6 +1,7 @@
 """The run configuration: declared sections, YAML and overrides in, one checked and frozen ``RunConfig`` out."""
 
-from qlora_kit.config.run_config import DataPart, RunConfig, load_config
+from qlora_kit.config.loading import load_config
+from qlora_kit.config.run_config import DataPart, RunConfig
 from qlora_kit.config.sections import (
     DataSection,
     EvalSection,

@@ -15,16 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from qlora_kit.errors import GuardError
-from qlora_kit.training.checkpoints import (
-    refusal,
-    retire,
-    saving,
-    size_bytes,
-    write_manifest,
-)
+from qlora_kit.training.checkpoints import refusal, retire, saving, size_bytes, write_manifest
 from qlora_kit.training.configured_rates import ConfiguredRates
 from qlora_kit.training.moments import Moments
 from qlora_kit.training.position import EPOCH_RANDOM_FILE, Position, RandomState, Sums
+from qlora_kit.training.processes import in_any_process
 from qlora_kit.training.run_facts import RunFacts, StopRequested
 
 if TYPE_CHECKING:
@@ -100,11 +95,7 @@ class ExactTrainer(SFTTrainer):
 
     def stop_wanted(self) -> bool:
         """Whether a signal came, to any process; each must ask."""
-        wanted = self.facts.stop_wanted()
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(wanted), device=self.accelerator.device)
-            wanted = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        return wanted
+        return in_any_process(self.facts.stop_wanted(), self.accelerator.device)
 
     def save_stopped(self) -> bool:
         """After ``StopRequested``: save the state after the last optimizer step, if that is not on disk already.

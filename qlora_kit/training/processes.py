@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 
 from qlora_kit.errors import ConfigError, QloraKitError
 from qlora_kit.launched import is_main_process, process_count, sharding
@@ -81,6 +81,13 @@ def raised_in_all(error: E) -> E:
     """The same error, which every process raises at once: only the main one's is printed."""
     error.told = not is_main_process()
     return error
+
+
+def in_any_process(fact: bool, device: torch.device) -> bool:
+    """Whether it holds in one of the processes at least; each must ask."""
+    if process_count() == 1:
+        return fact
+    return bool(reduce(torch.tensor(float(fact), device=device), reduction="sum") > 0)
 
 
 def gathered(names: list[str]) -> list[str]:
