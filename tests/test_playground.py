@@ -156,7 +156,7 @@ def test_what_goes_wrong_is_told_in_sentences(
     expect(page.get_by_role("alert")).to_have_text("Write a prompt first.")
     page.get_by_label("Prompt", exact=True).fill("a<|im_end|>b")
     page.get_by_role("button", name="Run").click()
-    expect(column(page, "base").locator(".fault")).to_contain_text("would end or open a turn")
+    expect(column(page, "base").locator(".fault")).to_contain_text("cannot end or open a turn")
     store.delete("other")
     live.watcher.sync()
     page.get_by_label("Prompt", exact=True).fill("hello")

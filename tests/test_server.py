@@ -201,6 +201,9 @@ def test_values_that_ask_for_nothing_are_accepted(client: OpenAI) -> None:
         "metadata": {"run": "1"},
         "user": "someone",
         "modalities": ["text"],
+        "prompt_cache_options": {"mode": "implicit"},
+        "prompt_cache_retention": "in_memory",
+        "prompt_cache_key": "key",
         "logprobs": False,
         "n": 1,
     }

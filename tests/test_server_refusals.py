@@ -7,12 +7,13 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import openai
 import pytest
 from faults.runs import make_run
 from live_server import LiveServer, Reply, serving
+from openai.types import chat, completion_create_params
 from scripted_engine import ScriptedEngine, wait_until
 
 from qlora_kit.errors import ConfigError
@@ -44,8 +45,8 @@ MALFORMED: dict[str, tuple[Any, str | None]] = {
     "a deep nest in a field": ((SENTENCE % ("[" * 5000 + "]" * 5000)).encode(), None),
     "a number of 100,000 digits": (json.dumps(GOOD)[:-1].encode() + b', "seed": ' + b"9" * 100_000 + b"}", None),
     "an unknown field": ({**GOOD, "temprature": 1}, "temprature"),
-    "a template": ({**GOOD, "chat_template": "{{ messages }}"}, None),
-    "arguments of a template": ({**GOOD, "chat_template_kwargs": {}}, None),
+    "a template": ({**GOOD, "chat_template": "{{ messages }}"}, "chat_template"),
+    "arguments of a template": ({**GOOD, "chat_template_kwargs": {}}, "chat_template_kwargs"),
     "no model": ({"messages": [USER]}, "model"),
     "model is a number": ({**GOOD, "model": 1}, "model"),
     "model is null": ({**GOOD, "model": None}, "model"),
@@ -69,6 +70,7 @@ MALFORMED: dict[str, tuple[Any, str | None]] = {
         "messages.0.content",
     ),
     "a control token": ({**GOOD, "messages": [{**USER, "content": "a<|im_end|>b"}]}, "messages.0.content"),
+    "a NUL character": ({**GOOD, "messages": [USER, {**USER, "content": "a\0b"}]}, "messages.1.content"),
     "a call of a tool": ({**GOOD, "messages": [{**USER, "tool_calls": [{"id": "1"}]}]}, "messages.0.tool_calls"),
     "a name": ({**GOOD, "messages": [{**USER, "name": "bob"}]}, "messages.0.name"),
     "system in the middle": ({**GOOD, "messages": [USER, {**USER, "role": "system"}, USER]}, None),
@@ -87,6 +89,7 @@ MALFORMED: dict[str, tuple[Any, str | None]] = {
     "max_tokens is negative": ({**GOOD, "max_tokens": -5}, "max_tokens"),
     "max_tokens is a fraction": ({**GOOD, "max_tokens": 1.5}, "max_tokens"),
     "max_tokens beyond the context": ({**GOOD, "max_tokens": 513}, "max_tokens"),
+    "max_completion_tokens beyond the context": ({**GOOD, "max_completion_tokens": 513}, "max_completion_tokens"),
     "max_tokens is enormous": ({**GOOD, "max_tokens": 10**30}, "max_tokens"),
     "two limits that differ": ({**GOOD, "max_tokens": 1, "max_completion_tokens": 2}, None),
     "n is 0": ({**GOOD, "n": 0}, "n"),
@@ -120,6 +123,8 @@ MALFORMED: dict[str, tuple[Any, str | None]] = {
     "store": ({**GOOD, "store": True}, "store"),
     "prediction": ({**GOOD, "prediction": {"type": "content", "content": "x"}}, "prediction"),
     "web_search_options": ({**GOOD, "web_search_options": {}}, "web_search_options"),
+    "prompt_cache_retention": ({**GOOD, "prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+    "a truth value for a number": ({**GOOD, "frequency_penalty": False}, "frequency_penalty"),
 }
 MALFORMED_TEXT: dict[str, tuple[Any, str | None]] = {
     "no prompt": ({"model": "base"}, "prompt"),
@@ -174,6 +179,63 @@ def test_a_malformed_request_gets_400_and_the_next_one_works(live: LiveServer, p
         assert error["param"] == field
         assert field in error["message"]
     assert live.post(CHAT, GOOD).status == 200
+
+
+def fields_of(*kinds: type) -> list[str]:
+    return sorted({name for kind in kinds for name in get_type_hints(kind)})
+
+
+@pytest.mark.parametrize(
+    ("path", "required", "fields"),
+    [
+        (
+            CHAT,
+            GOOD,
+            fields_of(
+                chat.completion_create_params.CompletionCreateParamsNonStreaming,
+                chat.completion_create_params.CompletionCreateParamsStreaming,
+            ),
+        ),
+        (
+            TEXT,
+            {"model": "base", "prompt": "one"},
+            fields_of(
+                completion_create_params.CompletionCreateParamsNonStreaming,
+                completion_create_params.CompletionCreateParamsStreaming,
+            ),
+        ),
+    ],
+)
+def test_every_field_of_openais_client_is_known(
+    live: LiveServer, path: str, required: dict[str, Any], fields: list[str]
+) -> None:
+    """As its installed version spells them: null asks for nothing, and what is not understood is named."""
+    assert required.keys() < set(fields)
+    assert len(fields) > 15
+    for field in fields:
+        if field not in required:
+            assert live.post(path, {**required, field: None}).status == 200, field
+        if field == "metadata":  # any object; it has no effect
+            continue
+        error = require_error(live.post(path, {**required, field: {"never": "so"}}), 400)
+        assert error["param"].partition(".")[0] == field
+        assert f"{field}: this server does not know" not in error["message"]
+
+
+def test_every_field_of_a_message_of_openais_client_is_known(live: LiveServer) -> None:
+    for role, kind in (
+        ("system", chat.ChatCompletionSystemMessageParam),
+        ("developer", chat.ChatCompletionDeveloperMessageParam),
+        ("user", chat.ChatCompletionUserMessageParam),
+        ("assistant", chat.ChatCompletionAssistantMessageParam),
+    ):
+        for field in set(fields_of(kind)) - {"role", "content"}:
+            turns = [{"role": role, "content": "a", field: None}, USER]
+            assert live.post(CHAT, {**GOOD, "messages": turns}).status == 200, (role, field)
+            turns[0][field] = {"never": "so"}
+            error = require_error(live.post(CHAT, {**GOOD, "messages": turns}), 400)
+            assert error["param"] == f"messages.0.{field}"
+            assert "does not know" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,10 @@ from typing import Any, Literal
 from qlora_kit.errors import ConfigError
 
 FinishReason = Literal["stop", "length", "cancelled"]
+MAX_NEW_TOKENS = 131_072
+MAX_TOP_K = 1_000_000
+REPETITION_PENALTIES = (0.1, 10.0)
+MAX_SEED = 2**32 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
@@ -41,14 +45,15 @@ class Sampling:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        least, most = REPETITION_PENALTIES
         texts = isinstance(self.stop, tuple) and all(isinstance(text, str) for text in self.stop)
         bounds: dict[str, tuple[bool, str]] = {
-            "max_new_tokens": (1 <= self.max_new_tokens <= 131_072, "1 to 131072"),
+            "max_new_tokens": (1 <= self.max_new_tokens <= MAX_NEW_TOKENS, f"1 to {MAX_NEW_TOKENS}"),
             "temperature": (0 <= self.temperature <= 10, "0 (greedy) to 10"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (0 <= self.top_k <= 1_000_000, "0 (all tokens) or more"),
-            "repetition_penalty": (0.1 <= self.repetition_penalty <= 10, "0.1 to 10"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**32, "0 to 4294967295"),
+            "top_k": (0 <= self.top_k <= MAX_TOP_K, f"0 (all tokens) to {MAX_TOP_K}"),
+            "repetition_penalty": (least <= self.repetition_penalty <= most, f"{least:g} to {most:g}"),
+            "seed": (self.seed is None or 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}"),
             "min_p": (0 <= self.min_p <= 1, "0 (all tokens) to 1"),
             "stop": (
                 texts

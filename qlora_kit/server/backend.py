@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from qlora_kit.data.chat import control_tokens
@@ -25,12 +24,10 @@ class EngineBackend:
         self.vocabulary_tokens: int = engine.model.config.vocab_size
         self.control_tokens = control_tokens(engine.tokenizer)
         self._resident: dict[str, int] = {}
-        self._tokenizing = threading.Lock()  # a Rust tokenizer refuses a second thread while it changes its settings
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text, control tokens and all, behind the tokenizer's own first token if it has one."""
-        with self._tokenizing:
-            return tuple(self._engine.tokenizer(text)["input_ids"])
+        return tuple(self._engine.tokenizer(text)["input_ids"])
 
     def decode(self, token_id: int) -> str:
         """The text of one token."""

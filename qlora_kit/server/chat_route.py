@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from qlora_kit.conversation import Message
 from qlora_kit.engine import Answer, Delta, Request
-from qlora_kit.server.choices import Choices, Disconnected, Event, while_connected
-from qlora_kit.server.errors import error_responses
-from qlora_kit.server.event_stream import EventStream
+from qlora_kit.server.choices import Choices, Event
 from qlora_kit.server.logprobs import chat_logprobs
 from qlora_kit.server.request_schema import ChatRequest
+from qlora_kit.server.responding import GENERATION_ERRORS, new_id, now, respond
 from qlora_kit.server.response_schema import (
     AnswerMessage,
     ChatChoice,
@@ -28,11 +26,10 @@ from qlora_kit.server.response_schema import (
     ChatLogprobs,
     Usage,
 )
-from qlora_kit.server.sampling import choices_of, sampling_of
-from qlora_kit.server.service import Service, gone, new_id
+from qlora_kit.server.sampling import sampling_of
+from qlora_kit.server.service import Service
 
 _ROLES = {"developer": "system"}
-GENERATION_ERRORS = (400, 401, 404, 408, 413, 421, 429, 500, 503)
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,8 @@ class _Chat:
     service: Service
     body: ChatRequest
     choices: Choices
-    id: str
-    created: int
+    id: str = field(default_factory=partial(new_id, "chatcmpl"))
+    created: int = field(default_factory=now)
 
     def logprobs(self, part: Answer | Delta) -> ChatLogprobs | None:
         return chat_logprobs(part.logprobs, self.service.engine.decode) if self.body.logprobs else None
@@ -91,38 +88,25 @@ def chat_router(service: Service) -> APIRouter:
     """The route on top of ``service``."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=error_responses(*GENERATION_ERRORS))
+    @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=GENERATION_ERRORS)
     async def chat_completions(body: ChatRequest, request: HttpRequest) -> Response:
         """Answer a conversation, by the adapter that ``model`` names or by the base."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        adapter = service.models.adapter_of(body.model)
-        asked = await loop.run_in_executor(service.workers.threads, _request, service, body, adapter)
-        deadline = started + service.settings.deadline_seconds
-        choices = service.workers.start(choices_of(asked, body.n), pieces=bool(body.stream), deadline=deadline)
-        chat = _Chat(service, body, choices, new_id("chatcmpl"), int(time.time()))
-        try:
-            if not body.stream:
-                return JSONResponse(chat.whole(await while_connected(request, choices.collect(), choices)).model_dump())
-            first = await while_connected(request, choices.next_event(), choices)
-        except Disconnected:
-            return gone(service)
-        service.metrics.first_token_seconds.observe(loop.time() - started)
-        return EventStream(chat.events(first), choices, service.metrics)
+        return await respond(service, request, body, ask=_requests, shape=_Chat)
 
     return router
 
 
-def _request(service: Service, body: ChatRequest, adapter: str | None) -> Request:
-    """What the engine is asked.
+def _requests(service: Service, body: ChatRequest, adapter: str | None) -> list[Request]:
+    """What the engine is asked: one conversation.
 
     Raises:
         ApiError: A text with control tokens, or a limit beyond the context.
     """
     for number, message in enumerate(body.messages):
-        service.refuse_control_tokens(message.content, f"messages.{number}.content")
+        service.require_text(message.content, f"messages.{number}.content")
+    service.require_room(body.max_tokens, "max_tokens")
+    service.require_room(body.max_completion_tokens, "max_completion_tokens")
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    service.require_room(limit)
     sampling = sampling_of(
         body,
         service.engine.default_sampling(adapter),
@@ -130,4 +114,4 @@ def _request(service: Service, body: ChatRequest, adapter: str | None) -> Reques
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     turns = tuple(Message(_ROLES.get(message.role, message.role), message.content) for message in body.messages)
-    return Request(conversation=turns, adapter=adapter, sampling=sampling)
+    return [Request(conversation=turns, adapter=adapter, sampling=sampling)]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from qlora_kit.engine import Answer, Delta, Request
-from qlora_kit.server.chat_route import GENERATION_ERRORS
-from qlora_kit.server.choices import Choices, Disconnected, Event, while_connected
-from qlora_kit.server.errors import ApiError, error_responses
-from qlora_kit.server.event_stream import EventStream
+from qlora_kit.server.choices import Choices, Event
+from qlora_kit.server.errors import ApiError
 from qlora_kit.server.logprobs import completion_logprobs
 from qlora_kit.server.request_schema import CompletionRequest, PromptValue
+from qlora_kit.server.responding import GENERATION_ERRORS, new_id, now, respond
 from qlora_kit.server.response_schema import Completion, CompletionChoice, CompletionLogprobs, Usage
-from qlora_kit.server.sampling import choices_of, sampling_of
-from qlora_kit.server.service import Service, gone, new_id
+from qlora_kit.server.sampling import sampling_of
+from qlora_kit.server.service import Service
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class _Continuation:
     service: Service
     body: CompletionRequest
     choices: Choices
-    id: str
-    created: int
+    id: str = field(default_factory=partial(new_id, "cmpl"))
+    created: int = field(default_factory=now)
     sent: dict[int, int] = field(default_factory=dict)  # characters of each choice that a stream has sent
 
     def logprobs(self, part: Answer | Delta, offset: int) -> CompletionLogprobs | None:
@@ -81,33 +79,21 @@ def completion_router(service: Service) -> APIRouter:
     """The route on top of ``service``."""
     router = APIRouter()
 
-    @router.post("/v1/completions", response_model=Completion, responses=error_responses(*GENERATION_ERRORS))
+    @router.post("/v1/completions", response_model=Completion, responses=GENERATION_ERRORS)
     async def completions(body: CompletionRequest, request: HttpRequest) -> Response:
         """Go on from each prompt, by the adapter that ``model`` names or by the base."""
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        adapter = service.models.adapter_of(body.model)
-        service.require_room(body.max_tokens)
-        asked = await loop.run_in_executor(service.workers.threads, _requests, service, body, adapter)
-        requests = [choice for prompt in asked for choice in choices_of(prompt, body.n)]
-        deadline = started + service.settings.deadline_seconds
-        choices = service.workers.start(requests, pieces=bool(body.stream), deadline=deadline)
-        continuation = _Continuation(service, body, choices, new_id("cmpl"), int(time.time()))
-        try:
-            if not body.stream:
-                answers = await while_connected(request, choices.collect(), choices)
-                return JSONResponse(continuation.whole(answers).model_dump())
-            first = await while_connected(request, choices.next_event(), choices)
-        except Disconnected:
-            return gone(service)
-        service.metrics.first_token_seconds.observe(loop.time() - started)
-        return EventStream(continuation.events(first), choices, service.metrics)
+        return await respond(service, request, body, ask=_requests, shape=_Continuation)
 
     return router
 
 
 def _requests(service: Service, body: CompletionRequest, adapter: str | None) -> list[Request]:
-    """What the engine is asked, for each prompt."""
+    """What the engine is asked, for each prompt.
+
+    Raises:
+        ApiError: A token id is none of the vocabulary's, or a limit beyond the context.
+    """
+    service.require_room(body.max_tokens, "max_tokens")
     sampling = sampling_of(
         body, service.engine.default_sampling(adapter), max_new_tokens=body.max_tokens, logprobs=body.logprobs
     )

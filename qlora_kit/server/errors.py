@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from qlora_kit.errors import AdapterError, ConfigError, DataError, Interrupted, QloraKitError
+from qlora_kit.server.request_schema import TEMPLATE_FIELDS
 
 MAX_FAULTS = 5
 _INVALID = "invalid_request_error"
@@ -127,6 +128,8 @@ def _of_faults(faults: Sequence[Mapping[str, Any]]) -> ApiError:
 
 def _reason(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "extra_forbidden":
+        if fault["loc"][-1] in TEMPLATE_FIELDS:
+            return "refused: an adapter is served with the chat template of its training"
         return "this server does not know the field"
     if fault["type"] == "missing":
         return "the field is missing"

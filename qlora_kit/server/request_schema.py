@@ -5,40 +5,32 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    model_validator,
+)
+
+from qlora_kit.generation.sampling import (
+    MAX_LOGPROBS,
+    MAX_NEW_TOKENS,
+    MAX_SEED,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
+    MAX_TOP_K,
+    REPETITION_PENALTIES,
+)
 
 MAX_CHOICES = 8
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
 MAX_MESSAGES = 1000
 MAX_PROMPTS = 16
-MAX_SEED = 2**32 - 1
-MAX_NEW_TOKENS = 131_072
-# Fields of OpenAI's API that this server does not act on, with the values that ask for nothing; null always does.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-_TEMPLATE_FIELDS = ("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+TEMPLATE_FIELDS = frozenset(
+    {"chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"}
+)
 _PARTS_SCHEMA = {
     "anyOf": [
         {"type": "string"},
@@ -122,6 +114,27 @@ Stops = Annotated[tuple[str, ...], BeforeValidator(_stops_of), WithJsonSchema(_S
 Prompts = Annotated[tuple[PromptValue, ...], BeforeValidator(_prompts_of), WithJsonSchema(_PROMPT_SCHEMA)]
 
 
+def _neutral(*values: Any) -> AfterValidator:
+    """For a field of OpenAI's API that this server does not act on: ``values``, and null, ask for nothing."""
+
+    def check(value: Any) -> Any:
+        if value is None or any(_is_same(value, fine) for fine in values):
+            return value
+        wanted = " or ".join(map(repr, values))
+        raise ValueError(f"this server does not support it; leave it out{f' or send {wanted}' if wanted else ''}")
+
+    return AfterValidator(check)
+
+
+def _is_same(value: Any, fine: Any) -> bool:
+    """JSON's equality: 0.0 is 0, and false is not."""
+    return bool(value == fine) and isinstance(value, bool) is isinstance(fine, bool)
+
+
+# An answer comes back from its client with all of its fields; none of these ever says anything here.
+Nothing = Annotated[Any, _neutral([])]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -131,19 +144,12 @@ class ChatMessage(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    name: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-
-    @field_validator("annotations", "audio", "function_call", "name", "refusal", "tool_calls")
-    @classmethod
-    def _only_neutral(cls, value: Any) -> None:
-        """Clients send an answer back with all of its fields; none of these ever says anything here."""
-        if value is not None and value != []:
-            raise ValueError("this server does not support it; leave it out")
+    annotations: Nothing = None
+    audio: Nothing = None
+    function_call: Nothing = None
+    name: Nothing = None
+    refusal: Nothing = None
+    tool_calls: Nothing = None
 
 
 class StreamOptions(_Strict):
@@ -160,9 +166,11 @@ class GenerationFields(_Strict):
     max_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1_000_000, description="0 for all tokens; not in OpenAI's API")
+    top_k: int | None = Field(None, ge=0, le=MAX_TOP_K, description="0 for all tokens; not in OpenAI's API")
     min_p: float | None = Field(None, ge=0, le=1, description="Not in OpenAI's API")
-    repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="Not in OpenAI's API")
+    repetition_penalty: float | None = Field(
+        None, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1], description="Not in OpenAI's API"
+    )
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     stop: Stops = ()
@@ -170,11 +178,11 @@ class GenerationFields(_Strict):
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512, description="Has no effect")
     metadata: dict[str, Any] | None = Field(None, description="Has no effect")
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    presence_penalty: Any = None
-    service_tier: Any = None
-    store: Any = None
+    frequency_penalty: Annotated[Any, _neutral(0)] = None
+    logit_bias: Annotated[Any, _neutral({})] = None
+    presence_penalty: Annotated[Any, _neutral(0)] = None
+    service_tier: Annotated[Any, _neutral("auto", "default")] = None
+    store: Annotated[Any, _neutral(False)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -186,28 +194,11 @@ class GenerationFields(_Strict):
             raise ValueError("a text holds half a character (a lone surrogate such as \\ud83d)") from None
         return content
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_templates(cls, content: Any) -> Any:
-        for name in _TEMPLATE_FIELDS:
-            if isinstance(content, dict) and name in content:
-                raise ValueError(f"{name} is refused: an adapter is served with the chat template of its training")
-        return content
-
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is for streams only; set stream to true, or leave it out")
         return self
-
-
-def _require_neutral(value: Any, name: str) -> Any:
-    if value is None or any(type(value) is type(fine) and value == fine for fine in NEUTRAL[name]):
-        return value
-    if isinstance(value, float) and value in NEUTRAL[name]:
-        return value
-    neutral = " or ".join(repr(fine) for fine in NEUTRAL[name])
-    raise ValueError(f"this server does not support it; leave it out{f' or send {neutral}' if neutral else ''}")
 
 
 class ChatRequest(GenerationFields):
@@ -216,29 +207,24 @@ class ChatRequest(GenerationFields):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_cache_key: str | None = Field(None, max_length=512, description="Has no effect")
     safety_identifier: str | None = Field(None, max_length=512, description="Has no effect")
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-    @field_validator(
-        *(name for name in NEUTRAL if name not in ("best_of", "echo", "suffix")), mode="after", check_fields=False
-    )
-    @classmethod
-    def _only_neutral(cls, value: Any, info: Any) -> Any:
-        return _require_neutral(value, info.field_name)
+    audio: Annotated[Any, _neutral()] = None
+    function_call: Annotated[Any, _neutral("none", "auto")] = None
+    functions: Annotated[Any, _neutral([])] = None
+    modalities: Annotated[Any, _neutral(["text"])] = None
+    moderation: Annotated[Any, _neutral()] = None
+    parallel_tool_calls: Annotated[Any, _neutral(True, False)] = None
+    prediction: Annotated[Any, _neutral()] = None
+    prompt_cache_options: Annotated[Any, _neutral({}, {"mode": "implicit"})] = None
+    prompt_cache_retention: Annotated[Any, _neutral("in_memory")] = None
+    reasoning_effort: Annotated[Any, _neutral("none")] = None
+    response_format: Annotated[Any, _neutral({"type": "text"})] = None
+    tool_choice: Annotated[Any, _neutral("none", "auto")] = None
+    tools: Annotated[Any, _neutral([])] = None
+    verbosity: Annotated[Any, _neutral("medium")] = None
+    web_search_options: Annotated[Any, _neutral()] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> ChatRequest:
@@ -258,13 +244,6 @@ class CompletionRequest(GenerationFields):
 
     prompt: Prompts
     logprobs: int | None = Field(None, ge=0, le=5)
-    best_of: Any = None
-    echo: Any = None
-    suffix: Any = None
-
-    @field_validator(
-        "best_of", "echo", "suffix", "frequency_penalty", "logit_bias", "presence_penalty", "service_tier", "store"
-    )
-    @classmethod
-    def _only_neutral(cls, value: Any, info: Any) -> Any:
-        return _require_neutral(value, info.field_name)
+    best_of: Annotated[Any, _neutral(1)] = None
+    echo: Annotated[Any, _neutral(False)] = None
+    suffix: Annotated[Any, _neutral("")] = None

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from qlora_kit.engine import Request
 from qlora_kit.generation import Sampling
-from qlora_kit.server.request_schema import MAX_SEED, GenerationFields
+from qlora_kit.generation.sampling import MAX_SEED
+from qlora_kit.server.request_schema import GenerationFields
 
 _NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 

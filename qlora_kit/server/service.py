@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastapi.responses import Response
-
-from qlora_kit.conversation import control_pattern
+from qlora_kit.conversation import control_pattern, text_fault
 from qlora_kit.engine import Answer
 from qlora_kit.server.admission import Admission
 from qlora_kit.server.choices import Workers
@@ -19,8 +16,6 @@ from qlora_kit.server.protocol import ServedEngine
 from qlora_kit.server.response_schema import Usage
 from qlora_kit.server.served_models import ServedModels
 from qlora_kit.server.settings import ServerSettings
-
-CLIENT_GONE = 499  # nginx's number for it; nobody receives this response
 
 
 @dataclass(frozen=True)
@@ -50,18 +45,18 @@ class Service:
         control = control_pattern(engine.control_tokens)
         return cls(engine, models, settings, Workers(engine, admission), ServerMetrics(), control)
 
-    def refuse_control_tokens(self, text: str, where: str) -> None:
-        """Refuse a turn whose text would end the turn, or open another.
+    def require_text(self, text: str, where: str) -> None:
+        """Refuse a turn that the engine would refuse, with the name of its field.
 
         Raises:
-            ApiError: It holds a control token.
+            ApiError: Its text would end the turn and open another, or is no text.
         """
-        found = None if self.control is None else self.control.search(text)
-        if found is not None:
-            message = f"{where}: the text holds {found.group()}, which would end or open a turn."
-            raise ApiError(400, message, param=where, code="control_token")
+        fault = text_fault(where, text, self.control)
+        if fault is not None:
+            message = f"{fault.what}; expected: {fault.expected}."
+            raise ApiError(400, message, param=where, code="invalid_value")
 
-    def require_room(self, max_new_tokens: int | None) -> None:
+    def require_room(self, max_new_tokens: int | None, where: str) -> None:
         """Refuse a limit that no answer can reach.
 
         Raises:
@@ -69,8 +64,8 @@ class Service:
         """
         context = self.engine.context_tokens
         if max_new_tokens is not None and max_new_tokens > context:
-            message = f"max_tokens: at most {context}, the model's context."
-            raise ApiError(400, message, param="max_tokens", code="context_length_exceeded")
+            message = f"{where}: at most {context}, the model's context."
+            raise ApiError(400, message, param=where, code="context_length_exceeded")
 
     def usage(self, model: str, answers: Sequence[Answer], *, choices: int) -> Usage:
         """Tokens of a request's answers; a prompt that has several ``choices`` counts once. Adds to the metrics."""
@@ -78,14 +73,3 @@ class Service:
         completion = sum(answer.completion_tokens for answer in answers)
         self.metrics.count_tokens(model, prompt=prompt, completion=completion)
         return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-
-
-def new_id(kind: str) -> str:
-    """An id that no other answer has."""
-    return f"{kind}-{uuid.uuid4().hex}"
-
-
-def gone(service: Service) -> Response:
-    """What is left to do for a client that has gone."""
-    service.metrics.disconnects.inc()
-    return Response(status_code=CLIENT_GONE)
