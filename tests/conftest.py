@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from qlora_kit.training import TrainingProgress, TrainResult
@@ -78,8 +79,7 @@ def byte_level_tokenizer(family: str, template: str, *, eos_token: str) -> PreTr
 
 def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
     """As Llama 2's and Mistral's: a space is a letter, ``▁``, and stands before each stretch without control tokens."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     control = ["<unk>", "<s>", "</s>"]
     words = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -94,6 +94,14 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.add_special_tokens(control)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return sentencepiece_kind(tokenizer, template)
+
+
+def sentencepiece_kind(tokenizer: Tokenizer, template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer with SentencePiece's way back to text, Llama 2's special tokens and a chat template."""
+    from tokenizers import decoders
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -196,6 +204,16 @@ def trained_run(run_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 
     folder = tmp_path_factory.mktemp("runs") / "reviews"
     return folder, train(load_config(run_yaml, [f"output_dir={folder}"]))
+
+
+@pytest.fixture(scope="session")
+def merged_run(trained_run: tuple[Path, TrainResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run's adapter merged into the 4-bit base it was trained on, verified. Read only."""
+    from qlora_kit.merging import merge_adapter
+
+    folder = tmp_path_factory.mktemp("merges") / "merged"
+    merge_adapter(trained_run[0], folder, onto="dequantized", device="cpu")
+    return folder
 
 
 @pytest.fixture

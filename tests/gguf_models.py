@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import sentencepiece_kind
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -120,11 +121,4 @@ def mistral_tokenizer(*, prefix: str = "prepend", whole: bool = True) -> PreTrai
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=None
-    )
-    fast.chat_template = MISTRAL_TEMPLATE
-    return fast
+    return sentencepiece_kind(tokenizer, MISTRAL_TEMPLATE)

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from qlora_kit.errors import AdapterError, BaseModelError, ConfigError, GuardError, OutputError, QloraKitError
 from qlora_kit.export import TARGETS, export_model
 from qlora_kit.export.bnb_4bit_files import write_bnb_4bit
-from qlora_kit.merging import merge_adapter
 
 if TYPE_CHECKING:
     from qlora_kit.training import TrainResult
@@ -26,16 +25,13 @@ def run(trained_run: tuple[Path, TrainResult]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bad") / "merged"
-    merge_adapter(run, folder, onto="dequantized", verify=False, device="cpu")
-    return folder
+def merged(merged_run: Path) -> Path:
+    return merged_run
 
 
 @pytest.fixture(scope="module")
-def four_bit(merged: Path) -> Path:
-    folder = merged.parent / "four_bit"
-    folder.mkdir()
+def four_bit(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("four_bit")
     write_bnb_4bit(merged, folder, quant_type="nf4", double_quant=True)
     shutil.copyfile(merged / "merge_report.json", folder / "merge_report.json")
     return folder

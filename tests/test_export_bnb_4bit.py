@@ -21,7 +21,6 @@ from qlora_kit.export.bnb_4bit_files import require_same_weights, write_bnb_4bit
 from qlora_kit.export.second_rounding import RowLosses, _advice
 from qlora_kit.four_bit import keep_4bit_weights_as_they_are, linear4bit_modules
 from qlora_kit.likelihood import LossDifference, answer_nlls
-from qlora_kit.merging import merge_adapter
 from qlora_kit.models import load_tokenizer
 from qlora_kit.scoring import encode_answers
 
@@ -30,16 +29,16 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def merged(trained_run: tuple[Path, TrainResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bnb") / "merged"
-    merge_adapter(trained_run[0], folder, onto="dequantized", device="cpu")
-    return folder
+def merged(merged_run: Path) -> Path:
+    return merged_run
 
 
 @pytest.fixture(scope="module")
-def exported(trained_run: tuple[Path, TrainResult], merged: Path) -> tuple[Path, dict[str, Any]]:
+def exported(
+    trained_run: tuple[Path, TrainResult], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """The adapter's export, merged on the way, and its report."""
-    result = export_model(trained_run[0], "bnb-4bit", merged.parent / "four_bit", onto="dequantized")
+    result = export_model(trained_run[0], "bnb-4bit", tmp_path_factory.mktemp("bnb") / "out", onto="dequantized")
     return result.output_dir, result.to_json()
 
 

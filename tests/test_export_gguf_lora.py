@@ -104,13 +104,13 @@ def test_the_reference_of_a_check_is_base_and_adapter(bases: dict[str, Path], tm
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "DoRA (use_dora)"),
-    "bias": ({"bias": "lora_only"}, "biases (bias: lora_only)"),
-    "saved modules": ({"modules_to_save": ["lm_head"]}, "saved modules (modules_to_save: lm_head)"),
-    "rank pattern": ({"rank_pattern": {"q_proj": 2}}, "ranks of their own (rank_pattern: 'q_proj')"),
-    "alpha pattern": ({"alpha_pattern": {"q_proj": 3}}, "alphas of their own (alpha_pattern: 'q_proj')"),
-    "trained tokens": ({"trainable_token_indices": [1, 2]}, "trained tokens (trainable_token_indices)"),
-    "two at once": ({"use_dora": True, "alpha_pattern": {"q_proj": 3}}, "alphas of their own"),
+    "DoRA": ({"use_dora": True}, "use_dora is true, and llama.cpp has no DoRA"),
+    "bias": ({"bias": "lora_only"}, "bias is 'lora_only', and llama.cpp has no biases"),
+    "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
+    "rank pattern": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}, and llama.cpp has one scale"),
+    "alpha pattern": ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern is {'q_proj': 3}, and llama.cpp has one scale"),
+    "trained tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is"),
+    "two at once": ({"use_dora": True, "alpha_pattern": {"q_proj": 3}}, "alpha_pattern is {'q_proj': 3}"),
 }
 
 

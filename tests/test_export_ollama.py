@@ -15,7 +15,6 @@ from qlora_kit.errors import BaseModelError, ConfigError
 from qlora_kit.export import export_model
 from qlora_kit.export.go_template import TurnTexts, go_template, read_turn_texts
 from qlora_kit.export.modelfile import Modelfile, sampling_parameters, write_modelfile
-from qlora_kit.merging import merge_adapter
 
 if TYPE_CHECKING:
     from qlora_kit.training import TrainResult
@@ -189,9 +188,8 @@ def test_a_merged_model_with_its_modelfile(trained_run: tuple[Path, TrainResult]
     assert result.details["merge"]["verification"]["passed"] is True
 
 
-def test_a_merged_folder_still_knows_how_it_was_trained(trained_run: tuple[Path, TrainResult], tmp_path: Path) -> None:
-    merge_adapter(trained_run[0], tmp_path / "merged", onto="dequantized", verify=False)
-    export_model(tmp_path / "merged", "ollama", tmp_path / "out", quant="f16")
+def test_a_merged_folder_still_knows_how_it_was_trained(merged_run: Path, tmp_path: Path) -> None:
+    export_model(merged_run, "ollama", tmp_path / "out", quant="f16")
     commands = read_modelfile((tmp_path / "out" / "Modelfile").read_text(encoding="utf-8"))
     assert commands["SYSTEM"] == ["Is this review positive, negative or neutral?"]
     assert commands["PARAMETER num_predict"] == ["4"]

@@ -16,7 +16,6 @@ from huggingface_hub.utils import httpx
 from qlora_kit.adapters import AdapterStore
 from qlora_kit.errors import AdapterError, BaseModelError, OutputError, QloraKitError
 from qlora_kit.export.push import push_folder
-from qlora_kit.merging import merge_adapter
 
 if TYPE_CHECKING:
     from qlora_kit.training import TrainResult
@@ -61,10 +60,8 @@ def run(trained_run: tuple[Path, TrainResult]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("push") / "merged"
-    merge_adapter(run, folder, onto="dequantized", device="cpu")
-    return folder
+def merged(merged_run: Path) -> Path:
+    return merged_run
 
 
 def front_matter(card: str) -> dict[str, Any]:

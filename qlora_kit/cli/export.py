@@ -11,7 +11,7 @@ import typer
 
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
-from qlora_kit.cli.output import JsonOption, counting_bytes, in_units, print_json, say, stdout_console
+from qlora_kit.cli.output import JsonOption, counting_bytes, files_table, print_json, say, stdout_console
 from qlora_kit.cli.sampling import BaseOption
 
 if TYPE_CHECKING:
@@ -71,13 +71,16 @@ def export(
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, int, int], None]]:
-    """One bar for each stage, the one behind the other."""
+    """One bar for each stage, the one behind the other; a line for one that is not counted."""
     with ExitStack() as bars:
         shown: dict[str, Callable[[int, int], None]] = {}
 
         def show(stage: str, done_bytes: int, total_bytes: int) -> None:
             if stage not in shown:
                 bars.close()
+                if not total_bytes:
+                    say(stage)
+                    return
                 shown[stage] = bars.enter_context(counting_bytes(stage))
             shown[stage](done_bytes, total_bytes)
 
@@ -85,16 +88,8 @@ def _stages() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _show(result: ExportResult) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(str(result.output_dir), "table.title"), box=SIMPLE_HEAD, show_header=False, pad_edge=False)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold", justify="right")
-    for file in result.files:
-        table.add_row(Text(file.path), in_units(file.bytes))
-    stdout_console().print(table)
+    sizes = [(file.path, file.bytes) for file in result.files]
+    stdout_console().print(files_table(str(result.output_dir), sizes))
     for text in _verified(result.verification or {}):
         stdout_console().print(text, markup=False)
     for remark in result.remarks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from qlora_kit.units import in_units as in_units
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.table import Table
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
 
@@ -42,6 +43,20 @@ def print_json(content: dict[str, Any]) -> None:
 def say(text: str) -> None:
     """One remark on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def files_table(title: str, sizes: Iterable[tuple[str, int]]) -> Table:
+    """Files by path with their sizes in bytes."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, "table.title"), box=SIMPLE_HEAD, show_header=False, pad_edge=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold", justify="right")
+    for path, size_bytes in sizes:
+        table.add_row(Text(path), in_units(size_bytes))
+    return table
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import typer
 
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
-from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
+from qlora_kit.cli.output import JsonOption, files_table, print_json, say, stdout_console
 
 if TYPE_CHECKING:
     from qlora_kit.export.push import PushResult
@@ -37,19 +37,9 @@ def push(
 
 
 def _show(result: PushResult) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     seen = "private" if result.private else "public"
-    table = Table(
-        title=Text(f"{result.repo_id} ({seen})", "table.title"), box=SIMPLE_HEAD, show_header=False, pad_edge=False
-    )
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold", justify="right")
-    for file in result.files:
-        table.add_row(Text(file.path), in_units(file.bytes))
-    stdout_console().print(table)
+    sizes = [(file.path, file.bytes) for file in result.files]
+    stdout_console().print(files_table(f"{result.repo_id} ({seen})", sizes))
     if result.left_out:
         stdout_console().print(f"not sent: {', '.join(result.left_out)}", markup=False)
     for remark in result.remarks:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator
 
 from qlora_kit.config.train_section import Problem, as_names, wrong_value
+from qlora_kit.errors import Fault
 
 VLLM, LLAMA_CPP, OLLAMA = "vllm", "llama.cpp", "ollama"
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -160,6 +162,20 @@ def base_problems(
             )
             fix = f"choose a base that stops by itself (-Instruct), or leave {target} out of target and {limits.merged}"
             yield Problem(("lora", "trainable_token_indices"), what, "a base whose stop token is trained", fix)
+
+
+def adapter_faults(folder: Path, settings: LoraDescription, target: str) -> list[Fault]:
+    """What of an adapter that is trained already ``target`` cannot serve beside its base; a merge is the way on.
+
+    Args:
+        folder: The adapter's, for messages.
+        settings: Its own configuration.
+        target: A name in ``LIMITS``.
+    """
+    return [
+        Fault(f"{folder}: {problem.path[-1]} {problem.what}", problem.expected, LIMITS[target].merged)
+        for problem in serving_problems(settings, (target,))
+    ]
 
 
 def vllm_max_rank(rank: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.base_files import BaseRef
 from qlora_kit.base_layout import read_layout, require_described_packing
@@ -23,38 +23,19 @@ from qlora_kit.errors import BaseModelError, GuardError
 from qlora_kit.export.source import Progress
 from qlora_kit.four_bit import dequantize
 from qlora_kit.merging.arithmetic import all_finite
+from qlora_kit.merging.input_checks import SMALL_FILES_BYTES, WEIGHT_DTYPES
 from qlora_kit.merging.round_trip import BLOCK_SIZE, block_absmax, block_scales, code_table, round_trip
 from qlora_kit.merging.tensor_check import read_rows
 from qlora_kit.merging.tensors import Rows, row_blocks, unpacking_state
-from qlora_kit.merging.writing import write_json
-from qlora_kit.prequantized import NESTED_BLOCK_SIZE, STATE, PackedWeight, read_packed_weights
+from qlora_kit.merging.writing import COPIED_FILES, write_json
+from qlora_kit.prequantized import NESTED_BLOCK_SIZE, STATE, PackedWeight, QuantType, read_packed_weights
 from qlora_kit.safetensors_header import locate_tensors, shown
 
 if TYPE_CHECKING:
     import torch
 
-QuantType = Literal["nf4", "fp4"]
-_SMALL_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-)
-_SMALL_FILES_BYTES = 64 * 2**20
 _DESCRIPTION_BYTES = 320  # bitsandbytes' own take 150 to 200
 _BYTES_PER_WEIGHT = 0.57  # half a byte of codes and, without double quantization, 4 bytes for a block of 64
-_WEIGHT_DTYPES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ def write_bnb_4bit(
         names = _quantized_names(source, layout.quantized)
         kept = sum(source.spec(name).size_bytes for name in source.names if name not in names)
         weights = sum(prod(source.shape(name)) for name in names)
-        require_free_space(folder, kept + int(_BYTES_PER_WEIGHT * weights) + _SMALL_FILES_BYTES)
+        require_free_space(folder, kept + int(_BYTES_PER_WEIGHT * weights) + SMALL_FILES_BYTES)
         specs = _output_specs(source, names, quant_type, double_quant)
         done = 0
         with ShardWriter(folder, specs, max_shard_bytes=max_shard_bytes) as writer:
@@ -206,11 +187,11 @@ class FourBitTensors:
 
 def _quantized_names(source: TensorSource, modules: frozenset[str]) -> frozenset[str]:
     names = frozenset(f"{module}.weight" for module in modules)
-    wrong = sorted(name for name in names if name not in source or source.dtype(name) not in _WEIGHT_DTYPES)
+    wrong = sorted(name for name in names if name not in source or source.dtype(name) not in WEIGHT_DTYPES)
     if wrong:
         raise BaseModelError(
             f"{source.folder}: {len(wrong)} weights are missing or of another dtype, the first is {shown(wrong[0])}",
-            expected=f"every linear weight, in one of {', '.join(_WEIGHT_DTYPES)}",
+            expected=f"every linear weight, in one of {', '.join(WEIGHT_DTYPES)}",
             fix="give the complete checkpoint of an architecture whose tensors are named as its modules",
         )
     return names
@@ -287,6 +268,6 @@ def _write_small_files(model: Path, folder: Path, *, quant_type: QuantType, doub
         bnb_4bit_compute_dtype=dtype,
     )
     write_json(folder / "config.json", {**config, "quantization_config": settings.to_dict()})
-    for name in _SMALL_FILES:
+    for name in COPIED_FILES:
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from qlora_kit.merging.layerwise import Sequences, layerwise_logits
+from qlora_kit.merging.layerwise import Sequences, plan_logits
 from qlora_kit.merging.onto import Onto
 from qlora_kit.merging.planning import MergePlan, plan_merge
 from qlora_kit.merging.probes import compare_logits, probe_prompts
 from qlora_kit.merging.results import LogitDifference
 from qlora_kit.merging.rows import rows_loss, validation_rows
-from qlora_kit.merging.tensors import MergeTensors
 from qlora_kit.models import default_device, load_tokenizer
-
-if TYPE_CHECKING:
-    import torch
-
-    from qlora_kit.data.encoding import Encoded
 
 LOGITS_BYTES = 128 * 2**20
 
@@ -82,15 +75,13 @@ def measure_drift(plan: MergePlan) -> Drift:
     if plan.packed:
         return _unmeasured("the base's files hold 4-bit weights only")
     found = validation_rows(plan)
-    rows: Sequence[Encoded] = () if isinstance(found, str) else found.encoded
+    rows = () if isinstance(found, str) else found.encoded
     if rows:
-        sequences = Sequences([row.input_ids[:-1] for row in rows], [row.supervised_tokens for row in rows])
+        sequences = Sequences.of_answers(rows)
     else:
         prompts = probe_prompts(load_tokenizer(plan.base), plan.contract.system_prompt)
-        vocabulary = max(spec.shape[0] for spec in plan.specs.values() if spec.shape)
-        each = max(1, LOGITS_BYTES // (4 * vocabulary * len(prompts)))
-        sequences = Sequences(prompts, [min(each, len(ids)) for ids in prompts])
-    trained, original = (_live(plan, sequences, four_bit=four_bit) for four_bit in (True, False))
+        sequences = Sequences.within_memory(prompts, vocabulary=plan.vocabulary, max_bytes=LOGITS_BYTES)
+    trained, original = (plan_logits(plan, sequences, four_bit=four_bit) for four_bit in (True, False))
     return Drift(
         measured_on="validation_rows" if rows else "probes",
         reason=None,
@@ -103,8 +94,3 @@ def measure_drift(plan: MergePlan) -> Drift:
 
 def _unmeasured(reason: str) -> Drift:
     return Drift("", reason, 0, None, None, None)
-
-
-def _live(plan: MergePlan, sequences: Sequences, *, four_bit: bool) -> list[torch.Tensor]:
-    with MergeTensors(plan, four_bit=four_bit) as weights:
-        return layerwise_logits(plan.base.path, weights, sequences, changes=plan.config)

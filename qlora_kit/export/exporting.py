@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,42 +25,36 @@ _LIBRARIES = ("torch", "transformers", "bitsandbytes", "gguf")
 _ON_A_BASE = frozenset(("base", "onto"))
 TARGETS: dict[str, Target] = {
     "bnb-4bit": Target(
-        "a checkpoint in bitsandbytes' 4 bits",
         ("adapter", "merged", "base"),
         bnb_4bit.QUANTS,
         _ON_A_BASE,
         bnb_4bit.write_target,
     ),
     "gguf": Target(
-        "one GGUF file for llama.cpp",
         ("adapter", "merged", "base"),
         llama_cpp.QUANTS,
         _ON_A_BASE | {"check"},
         llama_cpp.write_model,
     ),
     "gguf-lora": Target(
-        "the adapter alone as GGUF",
         ("adapter",),
         llama_cpp.LORA_QUANTS,
         _ON_A_BASE | {"check"},
         llama_cpp.write_lora,
     ),
     "ollama": Target(
-        "GGUF and Modelfile for Ollama",
         ("adapter", "merged", "base"),
         llama_cpp.QUANTS,
         _ON_A_BASE | {"check", "separate"},
         ollama.write_target,
     ),
     "vllm": Target(
-        "adapters, the base they were trained on, and a launch script for vLLM",
         ("adapter",),
         (),
         _ON_A_BASE | {"several"},
         vllm.write_target,
     ),
     "base": Target(
-        "the base as adapters were trained on it, in 16 bits",
         ("adapter", "base"),
         (),
         _ON_A_BASE,
@@ -98,7 +93,7 @@ def export_model(
         separate: For ``ollama``: base and adapter as two files, instead of one merged model.
         store: Where adapters are looked up by name.
         overwrite: Replace ``out`` if it is occupied.
-        progress: Called with what is being done, and the bytes done and in all.
+        progress: As ``StageProgress``.
 
     Raises:
         ConfigError: There is no such format, or an option has no effect with it.
@@ -148,4 +143,4 @@ def _with_report(result: ExportResult, folder: Path) -> ExportResult:
     versions = {name: version(name) for name in _LIBRARIES}
     write_json(folder / REPORT_FILE, {"format_version": REPORT_VERSION, **content, "versions": versions})
     report = ExportedFile(REPORT_FILE, (folder / REPORT_FILE).stat().st_size)
-    return ExportResult(**{**vars(result), "files": (*result.files, report)})
+    return replace(result, files=(*result.files, report))

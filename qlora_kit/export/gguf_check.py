@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BINDING = "llama_cpp"
-NOT_CHECKED = "not checked: llama-cpp-python is not installed (pip install 'qlora-kit[gguf-test]')"
 MAX_F32, MAX_F16, MIN_TOP1, MAX_KL = 1e-3, 2e-3, 0.95, 0.01
 ANSWER_TOKENS = 24
 _CHILD = Path(__file__).with_name("gguf_llama_child.py")
@@ -66,14 +65,13 @@ class _Probes:
     texts: list[str]
     ids: list[list[int]]
     plain_ids: list[list[int]]
-    prompts: list[list[int]]
-    kept: list[int]
+    sequences: Sequences
 
     def with_answers(self, answers: Sequence[Sequence[int]]) -> Sequences:
         """Prompts and answers, without the last token of each answer: nothing was chosen behind it."""
         return Sequences(
-            [[*prompt, *ids[:-1]] for prompt, ids in zip(self.prompts, answers, strict=True)],
-            [kept + len(ids) - 1 for kept, ids in zip(self.kept, answers, strict=True)],
+            [[*prompt, *ids[:-1]] for prompt, ids in zip(self.sequences.ids, answers, strict=True)],
+            [kept + len(ids) - 1 for kept, ids in zip(self.sequences.kept, answers, strict=True)],
         )
 
 
@@ -89,7 +87,6 @@ def check_gguf(
     system_prompt: str | None = None,
     lora: GgufFile | None = None,
     adapter_dir: Path | None = None,
-    weights: Weights | None = None,
 ) -> GgufCheck:
     """Compare llama.cpp on a written file with transformers on what it was written from.
 
@@ -110,7 +107,6 @@ def check_gguf(
         system_prompt: What the model was trained with; the conversations begin with it.
         lora: From ``write_gguf_lora``, to be put on ``file``.
         adapter_dir: The adapter that ``lora`` was written from.
-        weights: As in ``write_gguf``.
 
     Raises:
         ConfigError: llama-cpp-python is not installed, or does not start.
@@ -122,7 +118,7 @@ def check_gguf(
     answer, output = _ask_llama(file, lora, probes)
     sequences = probes.with_answers(answer["answers"])
     found = list(output.split(list(sequences.kept)))
-    expected, of_file = _reference_logits(file, model_dir, sequences, adapter_dir, weights)
+    expected, of_file = _reference_logits(file, model_dir, sequences, adapter_dir)
     logits, arithmetic = compare_logits(expected, found), compare_logits(of_file, found)
     lost = compare_logits(expected, of_file)
     largest = max(1.0, *(float(values.abs().max()) for values in of_file))
@@ -166,8 +162,7 @@ def format_loss(file: GgufFile, model_dir: Path, *, system_prompt: str | None = 
     """
     file.require_unchanged()
     probes = _probes(load_tokenizer(BaseRef(str(model_dir), model_dir)), system_prompt)
-    sequences = Sequences(probes.prompts, probes.kept)
-    return compare_logits(*_reference_logits(file, model_dir, sequences, None, None))
+    return compare_logits(*_reference_logits(file, model_dir, probes.sequences, None))
 
 
 def require_binding() -> None:
@@ -241,13 +236,13 @@ def _judged(
 
 
 def _reference_logits(
-    file: GgufFile, model_dir: Path, sequences: Sequences, adapter_dir: Path | None, weights: Weights | None
+    file: GgufFile, model_dir: Path, sequences: Sequences, adapter_dir: Path | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """transformers' logits in fp32: of the model, and of the model with the file's weights."""
     config = read_model_config(BaseRef(str(model_dir), model_dir))
     stored: Weights = GgufWeights(file.path, read_architecture(config, where=str(model_dir / "config.json")))
     with WrittenTensors(model_dir) as own:
-        given: Weights = own if weights is None else weights
+        given: Weights = own
         if adapter_dir is not None:
             given, stored = AdaptedWeights(given, adapter_dir), AdaptedWeights(stored, adapter_dir)
         return layerwise_logits(model_dir, given, sequences), layerwise_logits(model_dir, stored, sequences)
@@ -266,15 +261,13 @@ def _probes(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> _P
         conversations.append(messages)
         prompts += render_prompts([messages], tokenizer)
     plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
-    each = max(1, _LOGITS_BYTES // (4 * len(tokenizer) * len(prompts)))
     return _Probes(
         conversations=conversations,
         rendered=rendered,
         texts=[*rendered, *TEXTS],
         ids=[*prompts, *plain],
         plain_ids=[tokenizer(text)["input_ids"] for text in TEXTS],
-        prompts=prompts,
-        kept=[min(each, len(ids)) for ids in prompts],
+        sequences=Sequences.within_memory(prompts, vocabulary=len(tokenizer), max_bytes=_LOGITS_BYTES),
     )
 
 
@@ -297,8 +290,8 @@ def _ask_llama(file: GgufFile, lora: GgufFile | None, probes: _Probes) -> tuple[
             ],
             "texts": probes.texts,
             "plain": TEXTS,
-            "prompts": probes.prompts,
-            "kept": probes.kept,
+            "prompts": probes.sequences.ids,
+            "kept": probes.sequences.kept,
             "answer_tokens": ANSWER_TOKENS,
             "logits": str(path),
         }
@@ -331,5 +324,5 @@ def _run_child(request: str, path: Path) -> str:
 
 
 def _last_lines(text: str) -> str:
-    lines: Sequence[str] = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " / ".join(lines[-3:])[-600:]

@@ -11,6 +11,7 @@ from qlora_kit.adapters import AdapterContract, AdapterFiles, AdapterSnapshot, p
 from qlora_kit.architecture import Architecture
 from qlora_kit.base_files import BaseRef, read_model_config, refuse_unsafe_keys
 from qlora_kit.checkpoint import TensorSpec, torch_dtype
+from qlora_kit.config.serving_targets import LIMITS, LLAMA_CPP, adapter_faults
 from qlora_kit.errors import AdapterError, ConfigError, Fault
 from qlora_kit.export.gguf_file import GgufTensor, finished_file, require_new_file, write_gguf_file
 from qlora_kit.export.gguf_metadata import read_gguf_model
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 LORA_QUANTS = ("f32", "f16", "bf16")
 MAX_FAULTS = 10
-_MERGE = "export the merged model instead (--to gguf), which can hold it"
+_PREFIX = "base_model.model."
 
 
 def write_gguf_lora(
@@ -130,9 +131,6 @@ class AdaptedWeights:
         return self._base.rows(name, ids)
 
 
-_PREFIX = "base_model.model."
-
-
 def _tensor(module: str, letter: str) -> str:
     return f"{_PREFIX}{module}.lora_{letter}.weight"
 
@@ -163,25 +161,10 @@ def _read(adapter_dir: Path, shape: Architecture) -> AdapterSnapshot:
 
 def _require_plain(files: AdapterFiles) -> None:
     """Refuse what a GGUF adapter cannot say: llama.cpp would leave it out, or scale it wrongly, without a word."""
-    config = files.config
-    found = {
-        "DoRA (use_dora)": config.use_dora,
-        f"biases (bias: {config.bias})": config.bias != "none",
-        f"saved modules (modules_to_save: {', '.join(config.modules_to_save)})": bool(config.modules_to_save),
-        "trained tokens (trainable_token_indices)": bool(config.trainable_token_indices),
-        f"ranks of their own (rank_pattern: {', '.join(map(shown, config.rank_pattern))})": bool(config.rank_pattern),
-        f"alphas of their own (alpha_pattern: {', '.join(map(shown, config.alpha_pattern))})": bool(
-            config.alpha_pattern
-        ),
-    }
-    faults = [
-        Fault(f"{files.folder}: the adapter has {what}", "plain LoRA pairs with one rank and one lora_alpha", _MERGE)
-        for what, is_there in found.items()
-        if is_there
-    ]
+    faults = adapter_faults(files.folder, files.config, LLAMA_CPP)
     if not faults and files.extra_tensors:
         what = f"{files.folder}: the adapter has tensors beside its pairs: {shown(files.extra_tensors[0])}"
-        faults.append(Fault(what, "plain LoRA pairs", _MERGE))
+        faults.append(Fault(what, "plain LoRA pairs", LIMITS[LLAMA_CPP].merged))
     if faults:
         raise AdapterError.of(faults, at_most=MAX_FAULTS)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from qlora_kit.config.serving_targets import GGUF_FAMILIES
+
 if TYPE_CHECKING:
     import torch
 
-ARCHITECTURES = {"qwen2": "qwen2", "qwen3": "qwen3", "llama": "llama", "mistral": "llama"}
+ARCHITECTURES = {family: "llama" if family == "mistral" else family for family in GGUF_FAMILIES}
 """Family (``model_type``) -> llama.cpp's architecture."""
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OUTER = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from qlora_kit.errors import BaseModelError, ConfigError
@@ -86,8 +87,6 @@ def lossless_quant(dtype: str) -> GgufQuant:
 
 def packed_size_bytes(shape: tuple[int, ...], kind: str) -> int:
     """How many bytes a tensor of GGML type ``kind`` takes."""
-    from math import prod
-
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block_numbers, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]

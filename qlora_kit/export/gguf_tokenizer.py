@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,11 +108,8 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], rows: int) -> GgufV
     Raises:
         BaseModelError: The tokenizer cannot be loaded, or llama.cpp cannot do what it does.
     """
-    import json
-
-    if not any(
-        (folder / file).is_file() for file in _TOKENIZER_FILES
-    ):  # transformers would make an empty Qwen2Tokenizer
+    # transformers would make an empty Qwen2Tokenizer
+    if not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise BaseModelError(
             f"{folder}: there is no tokenizer", expected=f"one of {', '.join(_TOKENIZER_FILES)}", fix=_COPY_FIX
         )

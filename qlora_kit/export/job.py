@@ -13,7 +13,7 @@ from qlora_kit.merging.onto import Onto
 from qlora_kit.suggest import advice
 
 StageProgress = Callable[[str, int, int], None]
-"""Called with what is being done, and the bytes done and in all."""
+"""Called with what is being done, and the bytes done and in all; both 0 where something begins that is not counted."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,23 @@ class ExportJob:
 
         return tell
 
+    def begin(self, what: str) -> None:
+        """Say that work begins whose bytes are not counted."""
+        if self.progress is not None:
+            self.progress(what, 0, 0)
+
 
 @dataclass(frozen=True)
 class Target:
     """A format.
 
     Attributes:
-        summary: What it is, in a few words.
         kinds: What can be exported to it.
         quants: What ``quant`` may be, the default first; empty where there is no choice.
         options: Which of ``base``, ``onto``, ``check``, ``separate``, ``several`` have an effect.
         write: Checks the job, then writes the files into an empty folder.
     """
 
-    summary: str
     kinds: tuple[Kind, ...]
     quants: tuple[str, ...]
     options: frozenset[str]

@@ -21,7 +21,7 @@ from qlora_kit.export.gguf_results import GgufFile
 from qlora_kit.export.job import ExportJob
 from qlora_kit.export.results import Produced
 from qlora_kit.export.source import WholeModel, described_base, merge_facts, whole_model
-from qlora_kit.merging import write_trained_base
+from qlora_kit.export.trained_base import write_plan_base
 from qlora_kit.merging.planning import MergePlan
 
 DEFAULT_QUANT = "q8_0"
@@ -75,6 +75,7 @@ def write_lora(job: ExportJob, folder: Path) -> Produced:
         job.source.folder, plan.base.path, path, quant=job.quant or LORA_QUANTS[0], progress=job.stage("writing")
     )
     verification = _checked_lora(job, plan, file, folder)
+    job.begin("measuring the drift on the original base")
     drift = measure_drift(plan)
     remarks = [*_remarks(verification)]
     if plan.quantization.load_in_4bit:
@@ -97,22 +98,17 @@ def checked(
         return {"checked": False, "reason": NOT_ASKED}
     if not is_binding_installed():
         return {"checked": False, "reason": NO_BINDING}
+    job.begin("checking in llama.cpp")
     check = check_gguf(file, model, system_prompt=job.source.answers.system_prompt, lora=lora, adapter_dir=adapter)
     require_agreement(check, file)
     return check.to_json()
 
 
-def write_base_model(job: ExportJob, plan: MergePlan, work: Path) -> Path:
-    """The 16-bit folder of the base that the adapter was trained on: written below ``work``, or the base's own."""
-    if not plan.quantization.load_in_4bit:
+def served_base(job: ExportJob, plan: MergePlan, work: Path) -> Path:
+    """The 16-bit folder of the base that the adapter is served on; the trained base is made for it, below ``work``."""
+    if plan.onto == "original":
         return plan.base.path
-    is_known = plan.contract is not None
-    write_trained_base(
-        work / "trained",
-        base=str(plan.base.path) if job.base is not None or not is_known else None,
-        adapter=job.source.folder if is_known else None,
-        progress=job.stage("writing the trained base"),
-    )
+    write_plan_base(job, plan, work / "trained")
     return work / "trained"
 
 
@@ -133,7 +129,7 @@ def _checked_lora(job: ExportJob, plan: MergePlan, file: GgufFile, folder: Path)
         return checked(job, file, plan.base.path)
     work = folder / "check"
     work.mkdir()
-    base = plan.base.path if plan.onto == "original" else write_base_model(job, plan, work)
+    base = served_base(job, plan, work)
     base_file = write_gguf(base, work / "base.gguf", quant="f32", name=BaseRef(plan.base.id, base).path.name)
     found = checked(job, base_file, base, lora=file, adapter=job.source.folder)
     shutil.rmtree(work)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapters.trained_base import MAX_REPORT_BYTES
 from qlora_kit.base_files import BaseRef
 from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.errors import ConfigError
@@ -22,12 +23,12 @@ from qlora_kit.export.llama_cpp import (
     checked,
     file_name,
     require_writable,
-    write_base_model,
+    served_base,
     write_model_file,
 )
 from qlora_kit.export.modelfile import Modelfile, write_modelfile
 from qlora_kit.export.results import Produced
-from qlora_kit.export.source import MAX_REPORT_BYTES, merge_facts, whole_model
+from qlora_kit.export.source import merge_facts, whole_model
 from qlora_kit.models import load_tokenizer
 from qlora_kit.strict_json import read_json_object
 
@@ -40,12 +41,6 @@ _GENERATION_FILE = "generation_config.json"
 
 def write_target(job: ExportJob, folder: Path) -> Produced:
     """Write GGUF, Modelfile and a short README into ``folder``: one merged model, or base and adapter apart."""
-    if job.separate and job.source.kind != "adapter":
-        raise ConfigError(
-            f"--separate: {job.source.folder} is no adapter",
-            expected="an adapter, to be put beside its base",
-            fix="leave --separate out",
-        )
     quant = job.quant or DEFAULT_QUANT
     ref = require_writable(job)
     if ref is not None:  # what Ollama's template cannot say is told before anything is merged
@@ -71,7 +66,7 @@ def _write_separate(job: ExportJob, folder: Path, quant: str) -> Produced:
     lora = write_gguf_lora(job.source.folder, plan.base.path, folder / "adapter.gguf")
     work = folder / "work"
     work.mkdir()
-    base = plan.base.path if plan.onto == "original" else write_base_model(job, plan, work)
+    base = served_base(job, plan, work)
     file = write_gguf(
         base, folder / f"base-{quant}.gguf", quant=quant, name=plan.base.path.name, progress=job.stage("writing")
     )

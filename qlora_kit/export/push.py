@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ _FILE = re.compile(
 )
 _FOLDERS = re.compile(r"base|adapters/[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _LOCAL_PATH = re.compile(r'["\s](/[^"\s,/]+/[^"\s,]+)')  # an absolute path of at least two parts
-_TEXT_FILES = ("adapter_config.json", "qlora_kit.json", "config.yaml", "merge_report.json", "export_report.json")
+_TEXT_FILES = ("adapter_config.json", "qlora_kit.json", "merge_report.json", "export_report.json")
 
 
 class HubApi(Protocol):
@@ -82,7 +82,7 @@ class PushResult:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of the command."""
-        return {**asdict(self), "folder": str(self.folder), "files": [asdict(file) for file in self.files]}
+        return {**asdict(self), "folder": str(self.folder)}
 
 
 def push_folder(
@@ -242,4 +242,4 @@ def _sent(result: PushResult, api: HubApi | None, *, update: bool) -> PushResult
             expected="a repository that your token may write to, and a network connection",
             fix="log in with `hf auth login`, check the name, and push again; what was sent already stays there",
         ) from error
-    return PushResult(**{**vars(result), "sent": True, "url": f"https://huggingface.co/{result.repo_id}"})
+    return replace(result, sent=True, url=f"https://huggingface.co/{result.repo_id}")

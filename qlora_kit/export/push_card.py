@@ -11,8 +11,8 @@ from typing import Any
 from qlora_kit.adapters import CONTRACT_FILE, AdapterContract, AdapterStore
 from qlora_kit.adapters.gate import CONFIG_FILE
 from qlora_kit.adapters.lora_settings import read_lora_settings
+from qlora_kit.adapters.trained_base import MAX_REPORT_BYTES, TRAINED_BASE
 from qlora_kit.adapters.trained_base import REPORT_FILE as MERGE_REPORT_FILE
-from qlora_kit.adapters.trained_base import TRAINED_BASE
 from qlora_kit.base_files import HUB_ID
 from qlora_kit.errors import AdapterError, BaseModelError
 from qlora_kit.export.results import REPORT_FILE
@@ -21,7 +21,6 @@ from qlora_kit.safetensors_header import shown
 from qlora_kit.strict_json import read_json_object
 
 CARD_FILE = "README.md"
-_MAX_REPORT_BYTES = 10_000_000
 _FIX = "write the folder again: its report is not as the kit wrote it"
 _LIBRARIES = {"adapter": "peft", "merged": "transformers", "bnb-4bit": "transformers", "base": "transformers"}
 _SUMMARIES = {
@@ -119,7 +118,7 @@ def write_card(about: Published, repo_id: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json_object(path, max_bytes=_MAX_REPORT_BYTES, error=BaseModelError, fix=_FIX)
+    return read_json_object(path, max_bytes=MAX_REPORT_BYTES, error=BaseModelError, fix=_FIX)
 
 
 def _order(report: Mapping[str, Any], path: Path) -> tuple[str, tuple[str, ...], str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,12 @@ from qlora_kit.checkpoint import TensorSource
 from qlora_kit.errors import GuardError
 from qlora_kit.export.bnb_4bit_files import FourBitTensors
 from qlora_kit.likelihood import LossDifference, loss_difference
-from qlora_kit.merging.layerwise import Sequences, Weights, layerwise_logits
+from qlora_kit.merging.layerwise import Sequences, layerwise_logits, plan_logits
 from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.probes import compare_logits, probe_prompts
 from qlora_kit.merging.results import LogitDifference
 from qlora_kit.merging.rows import rows_loss, validation_rows
 from qlora_kit.merging.tensor_check import WrittenTensors
-from qlora_kit.merging.tensors import MergeTensors
 from qlora_kit.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -100,8 +100,7 @@ def measure_second_rounding(
     prompts = probe_prompts(load_tokenizer(BaseRef(model.name, model)), system_prompt)
     with TensorSource(model) as source:
         vocabulary = max(source.shape(name)[0] for name in source.names if source.shape(name))
-    each = max(1, LOGITS_BYTES // (4 * vocabulary * len(prompts)))
-    sequences = Sequences(prompts, [min(each, len(ids)) for ids in prompts])
+    sequences = Sequences.within_memory(prompts, vocabulary=vocabulary, max_bytes=LOGITS_BYTES)
     logits = compare_logits(_written(model, sequences), _rounded(model, four_bit, sequences))
     _require_finite(logits)
     advice = (
@@ -112,19 +111,22 @@ def measure_second_rounding(
 
 
 def _on_rows(model: Path, four_bit: Path, plan: MergePlan, rows: Sequence[Encoded]) -> RoundingCost:
-    sequences = Sequences([row.input_ids[:-1] for row in rows], [row.supervised_tokens for row in rows])
+    sequences = Sequences.of_answers(rows)
     merged, rounded = _written(model, sequences), _rounded(model, four_bit, sequences)
     logits = compare_logits(merged, rounded)
     _require_finite(logits)
     before, after = rows_loss(rows, merged), rows_loss(rows, rounded)
     del merged, rounded
-    base = None if "vocab_size" in plan.config else rows_loss(rows, _unmerged(plan, sequences, with_adapter=False)).mean
+    as_trained = plan.quantization.load_in_4bit
+    base = None
+    if "vocab_size" not in plan.config:
+        base = rows_loss(rows, plan_logits(plan, sequences, four_bit=as_trained, with_adapter=False)).mean
     difference = loss_difference(after, before)
     losses = RowLosses(
         rows=len(rows),
         tokens=sum(row.supervised_tokens for row in rows),
         base=base,
-        live=rows_loss(rows, _unmerged(plan, sequences, with_adapter=True)).mean,
+        live=rows_loss(rows, plan_logits(plan, sequences, four_bit=as_trained)).mean,
         merged=before.mean,
         rounded=after.mean,
         difference=difference.value,
@@ -156,28 +158,15 @@ def _advice(losses: RowLosses, difference: LossDifference) -> str:
 
 def _written(model: Path, sequences: Sequences) -> list[torch.Tensor]:
     with WrittenTensors(model) as weights:
-        return _logits(model, weights, sequences)
+        return layerwise_logits(model, weights, sequences)
 
 
 def _rounded(model: Path, four_bit: Path, sequences: Sequences) -> list[torch.Tensor]:
     with FourBitTensors(four_bit) as weights:
-        return _logits(model, weights, sequences)
-
-
-def _unmerged(plan: MergePlan, sequences: Sequences, *, with_adapter: bool) -> list[torch.Tensor]:
-    """The base as trained on, with or without the adapter, nothing rounded."""
-    with MergeTensors(plan, four_bit=plan.quantization.load_in_4bit, with_adapter=with_adapter) as weights:
-        changes = plan.config if with_adapter else {}
-        return layerwise_logits(plan.base.path, weights, sequences, changes=changes)
-
-
-def _logits(model: Path, weights: Weights, sequences: Sequences) -> list[torch.Tensor]:
-    return layerwise_logits(model, weights, sequences)
+        return layerwise_logits(model, weights, sequences)
 
 
 def _require_finite(logits: LogitDifference) -> None:
-    from math import isfinite
-
     if not isfinite(logits.max_abs):
         raise GuardError(
             "the 4-bit model computes logits that are not finite",

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from qlora_kit.adapters import CONTRACT_FILE, AdapterContract, AdapterStore
 from qlora_kit.adapters.gate import CONFIG_FILE
+from qlora_kit.adapters.trained_base import MAX_REPORT_BYTES
 from qlora_kit.adapters.trained_base import REPORT_FILE as MERGE_REPORT_FILE
 from qlora_kit.base_files import HUB_ID, TINY, BaseRef, read_model_config, resolve_base, resolve_description
 from qlora_kit.errors import AdapterError, BaseModelError, QloraKitError
@@ -25,7 +26,6 @@ Kind = Literal["adapter", "merged", "base"]
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
 
-MAX_REPORT_BYTES = 10_000_000
 _MERGED = "merged"
 _KINDS_OF_SOURCES = f"an adapter ({CONFIG_FILE}), a folder that `merge` wrote ({MERGE_REPORT_FILE}), or a base"
 
@@ -72,12 +72,10 @@ class WholeModel:
 
     Attributes:
         folder: Its files.
-        source: What it was made from.
         merge: The merge that made it on the way; None where it was there.
     """
 
     folder: Path
-    source: ExportSource
     merge: MergeResult | None
 
 
@@ -114,11 +112,7 @@ def _unknown(text: str, store: Path, error: QloraKitError) -> AdapterError:
         what = f"{text}: the folder holds no adapter, no merged model and no base"
     else:
         what = f"{text!r} is no adapter of {store}, no folder and no base"
-    return AdapterError(
-        what,
-        expected=_KINDS_OF_SOURCES,
-        fix=error.faults[0].fix,
-    )
+    return AdapterError(what, expected=_KINDS_OF_SOURCES, fix=error.faults[0].fix)
 
 
 def _adapter(folder: Path) -> ExportSource:
@@ -185,9 +179,9 @@ def whole_model(
     """
     if source.kind == "adapter":
         merge = merge_adapter(source.folder, work / _MERGED, base=base, onto=onto, progress=progress)
-        return WholeModel(work / _MERGED, source, merge)
+        return WholeModel(work / _MERGED, merge)
     _require_16_bit(source)
-    return WholeModel(source.folder, source, None)
+    return WholeModel(source.folder, None)
 
 
 def merge_facts(whole: WholeModel) -> dict[str, Any] | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from qlora_kit.errors import ConfigError
 from qlora_kit.export.job import ExportJob
 from qlora_kit.export.results import Produced
-from qlora_kit.merging import write_trained_base
+from qlora_kit.merging import MergeResult, write_trained_base
+from qlora_kit.merging.planning import MergePlan
 
 
 def write_target(job: ExportJob, folder: Path) -> Produced:
@@ -34,3 +35,20 @@ def write_target(job: ExportJob, folder: Path) -> Produced:
     (folder / "base").rmdir()
     verification = None if result.verification is None else result.verification.to_json()
     return Produced(verification, (), {"base": result.base, "onto": result.onto})
+
+
+def write_plan_base(job: ExportJob, plan: MergePlan, folder: Path) -> MergeResult:
+    """Write the base that the adapter of ``plan`` was trained on, beside other files of an export.
+
+    Without a contract nothing says how it was quantized: NF4 with double quantization.
+
+    Raises:
+        GuardError: The written files are not that base.
+    """
+    is_known = plan.contract is not None
+    return write_trained_base(
+        folder,
+        base=job.base if is_known else str(plan.base.path),
+        adapter=job.source.folder if is_known else None,
+        progress=job.stage("writing the trained base"),
+    )

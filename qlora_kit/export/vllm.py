@@ -11,14 +11,14 @@ from qlora_kit.adapters import AdapterFiles, check_adapter_folder, check_name
 from qlora_kit.adapters.card import own_files
 from qlora_kit.adapters.trained_base import TrainedBase, read_trained_base
 from qlora_kit.base_files import HUB_ID, BaseRef, read_model_config
-from qlora_kit.config.serving_targets import HEAD, VLLM, base_problems, serving_problems
+from qlora_kit.config.serving_targets import HEAD, LIMITS, VLLM, adapter_faults, base_problems
 from qlora_kit.errors import AdapterError, Fault
 from qlora_kit.export.drift import Drift, measure_drift, plan_adapter
 from qlora_kit.export.job import ExportJob
 from qlora_kit.export.results import Produced
 from qlora_kit.export.source import ExportSource
+from qlora_kit.export.trained_base import write_plan_base
 from qlora_kit.export.vllm_script import ServedAdapter, ServedBase, read_me, serve_script
-from qlora_kit.merging import MergeResult, write_trained_base
 from qlora_kit.merging.planning import MergePlan
 
 BASE_FOLDER, ADAPTERS_FOLDER = "base", "adapters"
@@ -52,12 +52,13 @@ def write_target(job: ExportJob, folder: Path) -> Produced:
     if given is not None:
         served = ServedBase(str(given.folder.resolve()), None, _served_name(adapters))
     elif first.onto == "dequantized":
-        merge = _write_base(job, first, folder)
+        merge = write_plan_base(job, first, folder / BASE_FOLDER)
         served = ServedBase(BASE_FOLDER, None, _served_name(adapters))
     else:
         served = _original(first.base, _served_name(adapters))
     drifts: dict[str, Drift] = {}
     if first.onto == "original":
+        job.begin("measuring the drift on the original base")
         drifts = {entry.source.name: measure_drift(entry.plan) for entry in adapters}
     for entry in adapters:
         _copy(entry, folder)
@@ -85,8 +86,7 @@ def _require_servable(sources: Sequence[ExportSource], found: Sequence[AdapterFi
 
 def _lint(source: ExportSource, files: AdapterFiles) -> Iterator[Fault]:
     """What vLLM would refuse in one adapter, or load wrongly."""
-    for problem in serving_problems(files.config, (VLLM,)):
-        yield Fault(f"{source.folder}: {'.'.join(problem.path[1:])} {problem.what}", problem.expected, problem.fix)
+    yield from adapter_faults(source.folder, files.config, VLLM)
     try:
         check_name(source.name)
     except AdapterError as error:
@@ -97,7 +97,7 @@ def _lint(source: ExportSource, files: AdapterFiles) -> Iterator[Fault]:
 def _require_family(adapters: Sequence[_Adapter]) -> None:
     family = str(read_model_config(adapters[0].plan.base).get("model_type"))
     faults = [
-        Fault(f"{entry.source.folder}: {problem.what}", problem.expected, problem.fix)
+        Fault(f"{entry.source.folder}: {problem.what}", problem.expected, LIMITS[VLLM].merged)
         for entry in adapters
         for problem in base_problems(
             family, (VLLM,), adapts_head=any(HEAD in name.split(".") for name in entry.files.pairs), token_rows=()
@@ -150,16 +150,6 @@ def _told(plan: MergePlan) -> str:
         return "its original weights"
     double = " with double quantization" if plan.quantization.bnb_4bit_use_double_quant else ""
     return f"as {plan.quantization.bnb_4bit_quant_type}{double} computes with it"
-
-
-def _write_base(job: ExportJob, plan: MergePlan, folder: Path) -> MergeResult:
-    is_known = plan.contract is not None
-    return write_trained_base(
-        folder / BASE_FOLDER,
-        base=job.base if is_known else str(plan.base.path),
-        adapter=job.source.folder if is_known else None,
-        progress=job.stage("writing the trained base"),
-    )
 
 
 def _original(base: BaseRef, name: str) -> ServedBase:

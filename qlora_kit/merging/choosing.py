@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.checkpoint import torch_dtype
 from qlora_kit.likelihood import Loss, loss_difference
-from qlora_kit.merging.layerwise import Sequences, layerwise_logits
+from qlora_kit.merging.layerwise import Sequences, plan_logits
 from qlora_kit.merging.onto import Chosen
 from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.probes import compare_logits
 from qlora_kit.merging.results import Candidate, OntoChoice
 from qlora_kit.merging.rows import ValidationRows, rows_loss
-from qlora_kit.merging.tensors import MergeTensors
 
 if TYPE_CHECKING:
     import torch
@@ -76,13 +75,5 @@ def _logits(plan: MergePlan, rows: Sequence[Encoded], onto: Chosen, *, rounded: 
     def round_once(name: str, _: Sequence[int], values: torch.Tensor) -> torch.Tensor:
         return values.to(torch_dtype(plan.specs[name].dtype)).float()
 
-    sequences = Sequences([row.input_ids[:-1] for row in rows], [row.supervised_tokens for row in rows])
-    with MergeTensors(plan, four_bit=onto == "dequantized") as tensors:
-        return layerwise_logits(
-            plan.base.path,
-            tensors,
-            sequences,
-            changes=plan.config,
-            adjust=round_once if rounded else None,
-            device=plan.device,
-        )
+    adjust = round_once if rounded else None
+    return plan_logits(plan, Sequences.of_answers(rows), four_bit=onto == "dequantized", adjust=adjust)

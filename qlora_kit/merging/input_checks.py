@@ -18,7 +18,7 @@ from qlora_kit.prequantized import PackedWeight, Prequantization
 from qlora_kit.safetensors_header import shown
 
 WEIGHT_DTYPES = ("F16", "BF16", "F32")
-_SMALL_FILES_BYTES = 64 * 2**20
+SMALL_FILES_BYTES = 64 * 2**20
 _FP32_BYTES = 4
 _VERIFY_BYTES = 400 * 2**20  # logits of two models, and activations
 _VERIFY_COPIES = 3  # of the largest layer's weight in fp32
@@ -74,7 +74,7 @@ def require_space(out: Path, specs: Mapping[str, TensorSpec]) -> None:
     Raises:
         OutputError: With what is free.
     """
-    require_free_space(out, sum(spec.size_bytes for spec in specs.values()) + _SMALL_FILES_BYTES)
+    require_free_space(out, sum(spec.size_bytes for spec in specs.values()) + SMALL_FILES_BYTES)
 
 
 def require_memory(layout: BaseLayout) -> None:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from qlora_kit.checkpoint import TensorSpec
 from qlora_kit.errors import BaseModelError
-from qlora_kit.merging.tensors import Rows
+from qlora_kit.merging.tensors import MergeTensors, Rows
 from qlora_kit.safetensors_header import shown
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from qlora_kit.data.encoding import Encoded
+    from qlora_kit.merging.planning import MergePlan
 
 Adjust = Callable[[str, Sequence[int], "torch.Tensor"], "torch.Tensor"]
 """Called with a tensor's name, row numbers and these rows in fp32; gives the rows to compute with."""
@@ -48,6 +51,34 @@ class Sequences:
 
     ids: Sequence[Sequence[int]]
     kept: Sequence[int]
+
+    @classmethod
+    def of_answers(cls, rows: Sequence[Encoded]) -> Sequences:
+        """Rows with supervised answers, at the positions that predict these."""
+        return cls([row.input_ids[:-1] for row in rows], [row.supervised_tokens for row in rows])
+
+    @classmethod
+    def within_memory(cls, ids: Sequence[Sequence[int]], *, vocabulary: int, max_bytes: int) -> Sequences:
+        """``ids``, at so many of each one's last positions that all fp32 logits fit ``max_bytes``; one at least."""
+        each = max(1, max_bytes // (4 * vocabulary * len(ids)))
+        return cls(ids, [min(each, len(row)) for row in ids])
+
+
+def plan_logits(
+    plan: MergePlan, sequences: Sequences, *, four_bit: bool, with_adapter: bool = True, adjust: Adjust | None = None
+) -> list[torch.Tensor]:
+    """The logits of a plan's base, with the adapter or without, nothing written: as ``layerwise_logits``.
+
+    Args:
+        plan: Base and adapter.
+        sequences: What to compute logits for.
+        four_bit: Whether the weights that 4-bit layers hold go through their round trip.
+        with_adapter: Whether the adapter is added, unrounded.
+        adjust: Changes rows before they are computed with.
+    """
+    changes = plan.config if with_adapter else {}
+    with MergeTensors(plan, four_bit=four_bit, with_adapter=with_adapter) as weights:
+        return layerwise_logits(plan.base.path, weights, sequences, changes=changes, adjust=adjust, device=plan.device)
 
 
 def layerwise_logits(

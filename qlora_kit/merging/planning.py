@@ -85,6 +85,11 @@ class MergePlan:
             raise ValueError("a trained base is written without an adapter")
         return self.adapter
 
+    @property
+    def vocabulary(self) -> int:
+        """At least as many logits as the output has at a position: rows of its longest tensor."""
+        return max(spec.shape[0] for spec in self.specs.values() if spec.shape)
+
     def is_quantized(self, tensor: str) -> bool:
         """Whether the base's tensor is the weight of a 4-bit layer once the base is loaded in 4 bits."""
         return _weight_of(tensor) in self.layout.quantized

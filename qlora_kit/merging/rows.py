@@ -120,9 +120,8 @@ def _changed_file(contract: AdapterContract | None, files: Sequence[DataFile]) -
 
 def _within_memory(plan: MergePlan, rows: Sequence[Encoded]) -> tuple[Encoded, ...]:
     """As many rows, from the first, as fit the memory for logits and activations."""
-    vocabulary = max(spec.shape[0] for spec in plan.specs.values() if spec.shape)
     widest = max((max(shape) for name, shape in plan.layout.linear_shapes.items() if name != "lm_head"), default=1)
-    most_logits = LOGITS_BYTES // (_FP32_BYTES * vocabulary)
+    most_logits = LOGITS_BYTES // (_FP32_BYTES * plan.vocabulary)
     most_tokens = ACTIVATION_BYTES // (_FP32_BYTES * _ACTIVATIONS * widest)
     kept: list[Encoded] = []
     longest = logits = 0

@@ -13,13 +13,12 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.checkpoint import torch_dtype
 from qlora_kit.errors import BaseModelError, Fault, GuardError
 from qlora_kit.merging.arithmetic import half_ulp
-from qlora_kit.merging.layerwise import Adjust, Sequences, layerwise_logits
+from qlora_kit.merging.layerwise import Adjust, Sequences, layerwise_logits, plan_logits
 from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.probes import compare_logits, probe_prompts
 from qlora_kit.merging.results import LogitDifference, MetricCheck, RowsCheck, TensorCheck, Verification
 from qlora_kit.merging.rows import ValidationRows, rows_loss
 from qlora_kit.merging.tensor_check import WrittenTensors, check_tensors
-from qlora_kit.merging.tensors import MergeTensors
 from qlora_kit.merging.writing import changes_nothing
 from qlora_kit.models import load_tokenizer
 
@@ -79,13 +78,10 @@ def verify_merge(plan: MergePlan, folder: Path, rows: ValidationRows | str) -> V
         tensors = check_tensors(plan, folder)
     _require_right(tensors)
     prompts = probe_prompts(load_tokenizer(plan.base), _system_prompt(plan))
-    probes = _within_memory(prompts, max(spec.shape[0] for spec in plan.specs.values() if spec.shape))
-    encoded = () if isinstance(rows, str) else rows.encoded
-    sequences = Sequences(
-        [*probes.ids, *(row.input_ids[:-1] for row in encoded)],
-        [*probes.kept, *(row.supervised_tokens for row in encoded)],
-    )
-    expected = _Logits.of(_planned_logits(plan, sequences, four_bit=plan.onto == "dequantized"), prompts)
+    probes = Sequences.within_memory(prompts, vocabulary=plan.vocabulary, max_bytes=LOGITS_BYTES)
+    answers = Sequences.of_answers(() if isinstance(rows, str) else rows.encoded)
+    sequences = Sequences([*probes.ids, *answers.ids], [*probes.kept, *answers.kept])
+    expected = _Logits.of(plan_logits(plan, sequences, four_bit=plan.onto == "dequantized"), prompts)
     floor = ARITHMETIC_FLOOR * max(float(values.abs().max()) for values in (*expected.probes, *expected.rows))
     effect = _effect(plan, probes, expected, floor)
     with _damaged_output(folder):
@@ -145,8 +141,7 @@ def _effect(plan: MergePlan, probes: Sequences, expected: _Logits, floor: float)
     if plan.adapter is None and plan.packed:
         return None
     four_bit = plan.adapter is not None and plan.onto == "dequantized"
-    with MergeTensors(plan, four_bit=four_bit, with_adapter=False) as base:
-        bare = layerwise_logits(plan.base.path, base, probes, device=plan.device)
+    bare = plan_logits(plan, probes, four_bit=four_bit, with_adapter=False)
     columns = bare[0].shape[-1]  # a resized vocabulary has others
     effect = compare_logits([logits[:, :columns] for logits in expected.probes], bare)
     if plan.adapter is not None and effect.max_abs <= floor:
@@ -208,17 +203,6 @@ def _damaged_output(folder: Path) -> Iterator[None]:
         raise GuardError(what, expected="a complete checkpoint", fix=_FIX) from error
 
 
-def _within_memory(prompts: list[list[int]], vocabulary: int) -> Sequences:
-    each = max(1, LOGITS_BYTES // (4 * vocabulary * len(prompts)))
-    return Sequences(prompts, [min(each, len(ids)) for ids in prompts])
-
-
-def _planned_logits(plan: MergePlan, sequences: Sequences, *, four_bit: bool) -> list[torch.Tensor]:
-    """Base + adapter, nothing rounded."""
-    with MergeTensors(plan, four_bit=four_bit) as tensors:
-        return layerwise_logits(plan.base.path, tensors, sequences, changes=plan.config, device=plan.device)
-
-
 def _same_prompts(plan: MergePlan, folder: Path, prompts: list[list[int]]) -> bool:
     """A resized vocabulary comes with a tokenizer of its own."""
     written = probe_prompts(load_tokenizer(BaseRef("merged", folder)), _system_prompt(plan))
@@ -266,7 +250,7 @@ def _trained_logits(
         return None
     if not plan.quantization.load_in_4bit:
         return expected
-    return _Logits.of(_planned_logits(plan, sequences, four_bit=True), prompts)
+    return _Logits.of(plan_logits(plan, sequences, four_bit=True), prompts)
 
 
 def _system_prompt(plan: MergePlan) -> str | None:

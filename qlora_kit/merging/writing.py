@@ -35,7 +35,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_COPIED_FILES = (_GENERATION_FILE, *_TOKENIZER_FILES, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+COPIED_FILES = (_GENERATION_FILE, *_TOKENIZER_FILES, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def copy_small_files(plan: MergePlan, folder: Path) -> None:
     config = json.loads((plan.base.path / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     write_json(folder / "config.json", {**config, **plan.config})
-    for name in _COPIED_FILES:
+    for name in COPIED_FILES:
         path = plan.base.path / name
         if path.is_file():
             shutil.copyfile(path, folder / name)
