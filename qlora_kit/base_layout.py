@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.architecture import FAMILIES, read_architecture
@@ -44,27 +46,39 @@ def read_layout(ref: BaseRef, *, four_bit: bool = True) -> BaseLayout:
         BaseModelError: transformers has no causal language model for the configuration.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with building_model(ref.path):
         config = AutoConfig.from_pretrained(ref.path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
         linear = _linear_layers(model)
         quantized = _quantized_layers(model, config) if four_bit else frozenset()
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise BaseModelError(
-            f"{ref.path / 'config.json'}: transformers cannot build the model ({error})",
-            expected="a causal language model that transformers itself has",
-            fix="check the file, or upgrade transformers",
-        ) from error
     return BaseLayout(
         linear_shapes={name: (module.out_features, module.in_features) for name, module in linear.items()},
         quantized=quantized,
         tied=frozenset(name.removesuffix(".weight") for name in tied),
     )
+
+
+@contextmanager
+def building_model(folder: Path) -> Iterator[None]:
+    """Around what transformers makes of a base's ``config.json``.
+
+    Raises:
+        BaseModelError: transformers has no causal language model for the configuration.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise BaseModelError(
+            f"{folder / 'config.json'}: transformers cannot build the model ({error})",
+            expected="a causal language model that transformers itself has",
+            fix="check the file, or upgrade transformers",
+        ) from error
 
 
 def _linear_layers(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:

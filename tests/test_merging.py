@@ -634,6 +634,6 @@ def test_too_little_disk_or_memory_is_said_before_anything_is_written(
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         refused(OutputError, "GiB are free on its disk", plain[0], out, plain[1])
-    monkeypatch.setattr("qlora_kit.merging.input_checks.available_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("qlora_kit.merging.input_checks.free_memory_bytes", lambda: 1000)
     refused(OutputError, "GiB of memory", plain[0], out, plain[1])
     merge(plain[0], out, plain[1], verify=False)

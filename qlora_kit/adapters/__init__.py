@@ -10,6 +10,7 @@ from qlora_kit.adapters.contract import (
     CombinedPart,
     ContinuedFrom,
     DataFile,
+    library_versions,
 )
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint, weights_sha256
@@ -36,6 +37,7 @@ __all__ = [
     "base_fingerprint",
     "check_adapter_folder",
     "check_name",
+    "library_versions",
     "no_base_given",
     "pair_faults",
     "read_adapter",

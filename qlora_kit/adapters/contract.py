@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class DataFile:
     name: str
     sha256: str
     rows: int
+
+
+def library_versions() -> dict[str, str]:
+    """Of the libraries that adapters are loaded with."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
 
 
 @dataclass(frozen=True)

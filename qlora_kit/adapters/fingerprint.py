@@ -35,7 +35,12 @@ _ARCHITECTURE_KEYS = (
 
 def weights_sha256(folder: Path) -> str:
     """The SHA-256 of an adapter's weights' file."""
-    with (folder / WEIGHTS_FILE).open("rb") as file:
+    return file_sha256(folder / WEIGHTS_FILE)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

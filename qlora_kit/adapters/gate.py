@@ -80,6 +80,12 @@ class AdapterFiles:
         return f"{_PREFIX}{module}{_TOKENS_END}"
 
     @staticmethod
+    def pair_tensors(module: str) -> tuple[str, str]:
+        """The tensors that hold A (r, in_features) and B (out_features, r) of ``module``."""
+        a, b = (f"{_PREFIX}{module}{end}" for end in _PAIR_ENDS)
+        return a, b
+
+    @staticmethod
     def magnitude_tensor(module: str) -> str:
         """The tensor that holds DoRA's magnitude of ``module``: (out_features,)."""
         return f"{_PREFIX}{module}{_MAGNITUDE_END}"

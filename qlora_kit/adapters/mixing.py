@@ -34,17 +34,23 @@ def parse_adapter(text: str | None, loaded: Collection[str] = ()) -> tuple[tuple
     return tuple(sums.items())
 
 
-def _part(part: str, text: str) -> tuple[str, float]:
-    name, colon, number = part.strip().rpartition(":")
+def split_weight(text: str) -> tuple[str, float]:
+    """The name in ``NAME:WEIGHT`` and its weight: 1 where none is given, NaN where it is no number."""
+    name, colon, number = text.rpartition(":")
     if not colon:
-        name, number = number, "1"
+        return text, 1.0
     try:
-        weight = float(number)
+        return name, float(number)
     except ValueError:
-        weight = math.nan
+        return name, math.nan
+
+
+def _part(part: str, text: str) -> tuple[str, float]:
+    name, weight = split_weight(part.strip())
     if not name:
         raise _refused(f"{text!r} names no adapter", "a name in each part")
     if not abs(weight) <= MAX_WEIGHT:
+        number = part.strip().rpartition(":")[2]
         raise _refused(f"{text!r}: {number!r} is no weight", f"a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     return name, weight
 

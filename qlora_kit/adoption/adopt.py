@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from qlora_kit.adapters import AdapterCard, AdapterContract, AdapterStore, BaseIdentity
+from qlora_kit.adapters import AdapterCard, AdapterContract, AdapterStore, BaseIdentity, library_versions
 from qlora_kit.adapters.contract_file import ADOPTED
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE
 from qlora_kit.adoption.measuring import Measured, measure
@@ -21,7 +21,6 @@ from qlora_kit.merging.probes import PROBES
 from qlora_kit.tasks import TASKS
 
 TRAINED_WITH_PEFT = "peft_of_training"
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _contract(plan: AdoptionPlan, measured: Measured, metrics: dict[str, Any]) -
     facts = plan.facts
     if facts.fingerprint is None or facts.stop_token_ids is None:
         raise ValueError("the plan's facts are those of a base with files and tokenizer")
-    versions = {name: version(name) for name in _LIBRARIES}
+    versions = library_versions()
     if plan.files.config.peft_version is not None:
         versions[TRAINED_WITH_PEFT] = plan.files.config.peft_version
     return AdapterContract(

@@ -136,12 +136,13 @@ def _table(result: MergeResult) -> Table:
     if result.verification is None:
         table.add_row("verification", "not done (--no-verify)")
     else:
-        _add_verification(table, result.verification, "base in 4 bits" if result.adapter is None else "base + adapter")
+        _add_verification(table, result.verification, with_adapter=result.adapter is not None)
     return table
 
 
-def _add_verification(table: Table, found: Verification, reference: str) -> None:
+def _add_verification(table: Table, found: Verification, *, with_adapter: bool) -> None:
     logits = found.logits
+    reference = "base + adapter" if with_adapter else "base in 4 bits"
     table.add_row("verification", "passed")
     table.add_row(f"top-1 agreement with {reference}", f"{logits.top1_agreement:.2%}")
     table.add_row("logit difference, max / mean", f"{logits.max_abs:.2e} / {logits.mean_abs:.2e}")
@@ -150,7 +151,7 @@ def _add_verification(table: Table, found: Verification, reference: str) -> None
         table.add_row(
             "drift from what was trained, max / mean", f"{found.drift.max_abs:.2e} / {found.drift.mean_abs:.2e}"
         )
-    if reference == "base in 4 bits":
+    if not with_adapter:
         return
     if isinstance(found.on_rows, str):
         table.add_row("validation rows", f"not measured: {found.on_rows}")

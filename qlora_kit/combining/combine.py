@@ -10,13 +10,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.adapter_loading import adapter_tensors
 from qlora_kit.adapters import (
     AdapterCard,
     AdapterContract,
+    AdapterFiles,
     AdapterStore,
     CombinedFrom,
     CombinedPart,
     check_adapter_folder,
+    library_versions,
 )
 from qlora_kit.adapters.contract_file import COMBINED
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE
@@ -29,9 +32,6 @@ from qlora_kit.errors import AdapterError
 
 if TYPE_CHECKING:
     import torch
-
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -145,28 +145,21 @@ def _combine_layers(plan: CombinationPlan) -> dict[str, CombinedLayer]:
     import torch
 
     recipe = Recipe(plan.wishes.method, plan.wishes.rank, plan.wishes.density)
+    tensors = {part.name: adapter_tensors(part.snapshot) for part in plan.parts}
     layers = {}
     with torch.random.fork_rng(devices=[]):
         if plan.wishes.seed is not None:
             torch.manual_seed(plan.wishes.seed)
         for module in plan.modules:
             parts = plan.parts_of(module)
-            factors = [_factors(part, module) for part in parts]
+            factors = [_factors(part, module, tensors[part.name]) for part in parts]
             layers[module] = combine_layer(factors, [part.weight for part in parts], recipe, name=module)
     return layers
 
 
-def _factors(part: CheckedPart, module: str) -> Factors:
-    a, b = (_tensor(part, f"{_PREFIX}{module}.lora_{letter}.weight") for letter in "AB")
+def _factors(part: CheckedPart, module: str, tensors: Mapping[str, torch.Tensor]) -> Factors:
+    a, b = (tensors[name].float() for name in part.files.pair_tensors(module))
     return Factors(a, b, part.files.config.scaling_of(module))
-
-
-def _tensor(part: CheckedPart, name: str) -> torch.Tensor:
-    import torch
-
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-    info = part.files.tensors[name]
-    return torch.frombuffer(part.snapshot.tensors[name], dtype=dtypes[info.dtype]).reshape(info.shape).float()
 
 
 def _write_adapter(plan: CombinationPlan, layers: Mapping[str, CombinedLayer], folder: Path) -> None:
@@ -192,8 +185,8 @@ def _write_adapter(plan: CombinationPlan, layers: Mapping[str, CombinedLayer], f
     config.save_pretrained(str(folder))
     tensors = {}
     for module, layer in layers.items():
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = layer.factors.a
-        tensors[f"{_PREFIX}{module}.lora_B.weight"] = layer.factors.b * layer.factors.scaling
+        a, b = AdapterFiles.pair_tensors(module)
+        tensors[a], tensors[b] = layer.factors.a, layer.factors.b * layer.factors.scaling
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"PEFT wrote no {CONFIG_FILE}")
@@ -216,7 +209,7 @@ def _contract(plan: CombinationPlan) -> AdapterContract:
         metric_names=first.metric_names if len(tasks) == 1 else (),
         data=tuple(dict.fromkeys(file for contract in contracts for file in contract.data)),
         config_sha256=None,
-        versions={name: version(name) for name in _LIBRARIES},
+        versions=library_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         kit_version=version("qlora-kit"),
         metrics={},

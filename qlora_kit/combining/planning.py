@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,10 @@ from qlora_kit.adapters import (
     BaseFacts,
     check_name,
     read_adapter,
+    weights_sha256,
 )
 from qlora_kit.adapters.lora_setting_kinds import MAX_RANK
+from qlora_kit.adapters.mixing import split_weight
 from qlora_kit.combining.layers import DRAWN, METHODS, PRUNING, SAME_RANK, Method
 from qlora_kit.errors import AdapterError, ConfigError, Fault
 from qlora_kit.safetensors_header import shown
@@ -109,13 +110,7 @@ def parse_part(text: str) -> Part:
     Raises:
         ConfigError: The weight is no number other than 0.
     """
-    name, colon, number = text.rpartition(":")
-    if not colon:
-        return Part(text)
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
+    name, weight = split_weight(text)
     if not name or not math.isfinite(weight) or weight == 0:
         raise ConfigError(
             f"{text!r} names no adapter with a weight",
@@ -208,9 +203,7 @@ def _read(part: Part, folder: Path) -> CheckedPart:
     snapshot = read_adapter(lambda: folder, _require_combinable)
     if snapshot.contract is None:  # told above
         raise ValueError(folder)
-    with snapshot.files.weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return CheckedPart(folder.name, folder, part.weight, snapshot, snapshot.contract, digest)
+    return CheckedPart(folder.name, folder, part.weight, snapshot, snapshot.contract, weights_sha256(folder))
 
 
 def _require_combinable(files: AdapterFiles, contract: AdapterContract | None) -> None:

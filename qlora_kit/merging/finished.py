@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_kit.adapters import CONTRACT_FILE, AdapterFiles, base_fingerprint
 from qlora_kit.adapters.card import CARD_FILE, RUN_CONFIG_FILE
+from qlora_kit.adapters.fingerprint import file_sha256
 from qlora_kit.adapters.gate import CONFIG_FILE
 from qlora_kit.adapters.trained_base import MAX_REPORT_BYTES, REPORT_FILE
 from qlora_kit.errors import BaseModelError, Fault, OutputError
@@ -27,7 +27,7 @@ def describe_inputs(
     hashes = {}
     if adapter is not None:
         own = [adapter.weights, *(adapter.folder / name for name in (CONFIG_FILE, CONTRACT_FILE, RUN_CONFIG_FILE))]
-        hashes = {path.name: _sha256(path) for path in own if path.is_file()}
+        hashes = {path.name: file_sha256(path) for path in own if path.is_file()}
     return {
         "kind": kind,
         "adapter_sha256": hashes,
@@ -48,7 +48,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
             continue
         found[path.name] = {"bytes": path.stat().st_size}
         if path.suffix != _WEIGHTS_ENDING:
-            found[path.name]["sha256"] = _sha256(path)
+            found[path.name]["sha256"] = file_sha256(path)
     return found
 
 
@@ -103,8 +103,3 @@ def _changes(folder: Path, files: Any, fingerprint: Any) -> list[Fault]:
     except BaseModelError as error:
         return [Fault(error.faults[0].what, expected, _FIX)]
     return [] if same else [Fault(f"{folder}: the weights were changed since the merge", expected, _FIX)]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ from qlora_kit.base_files import BaseRef
 from qlora_kit.base_layout import BaseLayout
 from qlora_kit.checkpoint import TensorSource, TensorSpec, require_free_space
 from qlora_kit.errors import AdapterError, BaseModelError, Fault, OutputError
-from qlora_kit.host_memory import available_memory_bytes
+from qlora_kit.host_memory import free_memory_bytes
 from qlora_kit.merging.onto import Chosen
 from qlora_kit.prequantized import PackedWeight, Prequantization
 from qlora_kit.safetensors_header import shown
@@ -85,10 +85,10 @@ def require_memory(layout: BaseLayout) -> None:
     """
     largest = max((prod(shape) for name, shape in layout.linear_shapes.items() if name not in layout.tied), default=0)
     needed_bytes = _VERIFY_BYTES + _VERIFY_COPIES * _FP32_BYTES * largest
-    available_bytes = available_memory_bytes()
-    if available_bytes is not None and available_bytes < needed_bytes:
+    free_bytes = free_memory_bytes()
+    if free_bytes is not None and free_bytes < needed_bytes:
         raise OutputError(
-            f"verifying takes {needed_bytes / 2**30:.1f} GiB of memory, {available_bytes / 2**30:.1f} GiB are free",
+            f"verifying takes {needed_bytes / 2**30:.1f} GiB of memory, {free_bytes / 2**30:.1f} GiB are free",
             expected="room for the largest layer in fp32 and the logits of two models",
             fix="free memory, merge on a larger machine, or give --no-verify (the writing itself needs little)",
         )

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qlora_kit.base_layout import building_model
 from qlora_kit.checkpoint import TensorSpec
 from qlora_kit.errors import BaseModelError
 from qlora_kit.merging.tensors import MergeTensors, Rows
@@ -152,22 +153,15 @@ def _empty_model(folder: Path, changes: Mapping[str, Any]) -> PreTrainedModel:
     """The model without weights; what is computed from the configuration alone (rotary frequencies) is there."""
     import torch
     from accelerate import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    try:
+    with building_model(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for key, value in changes.items():
             setattr(config.get_text_config(), key, value)
             setattr(config, key, value)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise BaseModelError(
-            f"{folder / 'config.json'}: transformers cannot build the model ({error})",
-            expected="a causal language model that transformers itself has",
-            fix="check the file, or upgrade transformers",
-        ) from error
     return model.eval()
 
 

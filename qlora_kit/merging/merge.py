@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.adapters import AdapterContract, base_fingerprint, check_adapter_folder
+from qlora_kit.adapters import AdapterContract, base_fingerprint, check_adapter_folder, library_versions
 from qlora_kit.adapters.card import CARD_FILE
 from qlora_kit.adapters.trained_base import REPORT_FILE, TRAINED_BASE
 from qlora_kit.atomic import atomic_directory
 from qlora_kit.base_files import TINY, resolve_base
+from qlora_kit.host_memory import peak_rss_bytes
 from qlora_kit.merging.card import model_card
 from qlora_kit.merging.finished import REPORT_VERSION, describe_files, describe_inputs, finished_result, has_report
 from qlora_kit.merging.onto import Onto
@@ -27,7 +25,6 @@ from qlora_kit.models import default_device, quantization_facts
 from qlora_kit.shard_writer import DEFAULT_SHARD_BYTES
 
 MERGE = "merge"
-_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 
 Progress = Callable[[int, int], None]
 """Called with the bytes written and the bytes in all."""
@@ -237,7 +234,7 @@ def _choose(plan: MergePlan, rows: ValidationRows | str, *, verify: bool) -> tup
 
 
 def _with_costs(result: MergeResult, started: float) -> MergeResult:
-    return replace(result, seconds=time.perf_counter() - started, peak_rss_bytes=_peak_rss_bytes())
+    return replace(result, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss_bytes())
 
 
 def _adapter_name(plan: MergePlan) -> str:
@@ -270,12 +267,7 @@ def _write_report(result: MergeResult, plan: MergePlan, folder: Path, inputs: Ma
         "device": plan.device,
         "inputs": dict(inputs),
         "files": describe_files(folder),
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": library_versions(),
     }
     write_json(folder / REPORT_FILE, report)
     (folder / CARD_FILE).write_text(model_card(result, plan), encoding="utf-8")
-
-
-def _peak_rss_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

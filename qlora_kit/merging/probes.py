@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.chat import render_prompts
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SOME_NUMBERS = 1 << 20
+"""Logits that are turned into fp64 at a time."""
 PROBES = (
     "The film was slow at first, but the ending is wonderful.",
     "I would not say that the service was bad; it was simply late.",
@@ -46,7 +48,7 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
 
     largest = total = agreeing = divergence = 0.0
     positions = entries = 0
-    for expected, found in zip(reference, other, strict=True):  # (T, V)
+    for expected, found in _some_positions(reference, other):  # (T, V)
         difference = (found - expected).abs().nan_to_num(nan=torch.inf)
         largest = max(largest, float(difference.max()))
         total += float(difference.sum(dtype=torch.float64))
@@ -62,3 +64,12 @@ def compare_logits(reference: Sequence[torch.Tensor], other: Sequence[torch.Tens
         kl=max(0.0, divergence / positions),
         positions=positions,
     )
+
+
+def _some_positions(
+    reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As many positions at a time as leave their numbers in fp64 small."""
+    for expected, found in zip(reference, other, strict=True):
+        step = max(1, SOME_NUMBERS // expected.shape[-1])
+        yield from zip(expected.split(step), found.split(step), strict=True)

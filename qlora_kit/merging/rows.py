@@ -17,6 +17,7 @@ from qlora_kit.data.preparing import prepare
 from qlora_kit.errors import ConfigError, DataError
 from qlora_kit.likelihood import Loss
 from qlora_kit.merging.planning import MergePlan
+from qlora_kit.merging.probes import SOME_NUMBERS
 from qlora_kit.models import load_tokenizer
 from qlora_kit.scoring import encode_answers
 from qlora_kit.tasks import Task
@@ -104,11 +105,14 @@ def rows_loss(rows: Sequence[Encoded], logits: Sequence[torch.Tensor]) -> Loss:
         logits: Of each row at the positions that predict its answer: (supervised tokens, V).
     """
     import torch
+    from torch.nn.functional import cross_entropy
 
     nlls = []
     for row, found in zip(rows, logits, strict=True):
         targets = torch.tensor(row.input_ids[-row.supervised_tokens :])
-        nlls.append(float(torch.nn.functional.cross_entropy(found.double(), targets, reduction="sum")))
+        step = max(1, SOME_NUMBERS // found.shape[-1])
+        parts = zip(found.split(step), targets.split(step), strict=True)
+        nlls.append(sum(float(cross_entropy(some.double(), wanted, reduction="sum")) for some, wanted in parts))
     return Loss(tuple(nlls), tuple(row.supervised_tokens for row in rows))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -81,17 +80,9 @@ def check_tensors(plan: MergePlan, folder: Path) -> TensorCheck:
     Raises:
         BaseModelError: Base or output cannot be read.
     """
-    from safetensors import safe_open
-
     counts: Counter[str] = Counter()
     violations = []
-    with (
-        TensorSource(plan.base.path) as source,
-        TensorSource(folder) as written,
-        nullcontext()
-        if plan.adapter is None
-        else safe_open(plan.files.weights, framework="pt", device="cpu") as adapter,
-    ):
+    with TensorSource(plan.base.path) as source, TensorSource(folder) as written:
         violations += [f"{name}: is in one of base and output only" for name in plan.specs.keys() ^ set(written.names)]
         for name, spec in plan.specs.items():
             if name not in written:
@@ -101,7 +92,7 @@ def check_tensors(plan: MergePlan, folder: Path) -> TensorCheck:
                 continue
             kind = _kind(plan, name)
             counts[kind] += 1
-            wrong = sum(_wrong_numbers(plan, name, source, written, adapter))
+            wrong = sum(_wrong_numbers(plan, name, source, written))
             if wrong:
                 violations.append(f"{name}: {_TEXTS[kind].format(count=wrong, total=prod(spec.shape))}")
     return TensorCheck(**{kind: counts[kind] for kind in _TEXTS}, violations=tuple(violations))
@@ -117,28 +108,34 @@ def _kind(plan: MergePlan, name: str) -> str:
     return "round_trips" if plan.round_trips(name) else "copied"
 
 
-def _wrong_numbers(
-    plan: MergePlan, name: str, source: TensorSource, written: TensorSource, adapter: Any
-) -> Iterator[int]:
+def _adapter_tensor(plan: MergePlan, name: str, rows: slice | None = None) -> torch.Tensor:
+    """A tensor of the adapter by safetensors, which maps the file: opened anew, so that nothing of it stays mapped."""
+    from safetensors import safe_open
+
+    with safe_open(plan.files.weights, framework="pt", device="cpu") as adapter:
+        tensor: torch.Tensor = adapter.get_tensor(name) if rows is None else adapter.get_slice(name)[rows]
+    return tensor
+
+
+def _wrong_numbers(plan: MergePlan, name: str, source: TensorSource, written: TensorSource) -> Iterator[int]:
     """How many numbers of each block are wrong."""
     spec, kind = plan.specs[name], _kind(plan, name)
     dtype = torch_dtype(spec.dtype)
     base = plan.copied_from.get(name, name)
     if kind == "replaced":
-        whole = adapter.get_tensor(plan.replaced[name])
         for start, stop in row_blocks(spec):
-            values = whole[start:stop] if spec.shape else whole.reshape(1)
+            values = _adapter_tensor(plan, plan.replaced[name], slice(start, stop) if spec.shape else None)
             yield _different(read_rows(written, name, start, stop), values.float().to(dtype))
         return
     used = _QuantizedAgain(plan, source, base) if plan.round_trips(base) else None
-    check = _merged_check(plan, name, adapter) if kind == "merged" else None
+    check = _merged_check(plan, name) if kind == "merged" else None
     for start, stop in row_blocks(spec, 1 if used is None else used.unit):
         found = read_rows(written, name, start, stop)
         before = read_rows(source, base, start, stop) if used is None else used.rows(start, stop)
         if check is not None:
             yield check(found, before.float(), start)
         elif kind == "trained_rows":
-            yield _different(found, _with_rows(plan, name, before.clone(), start, adapter))
+            yield _different(found, _with_rows(plan, name, before.clone(), start))
         elif kind == "round_trips":  # bitsandbytes gives FP4's second zero either sign, by the size of the weight
             yield _different(found + 0.0, before.to(dtype) + 0.0)
         else:
@@ -152,23 +149,23 @@ def _different(found: torch.Tensor, expected: torch.Tensor) -> int:
     return 0 if torch.equal(found, expected) else max(1, int((found != expected).sum()))
 
 
-def _with_rows(plan: MergePlan, name: str, block: torch.Tensor, start: int, adapter: Any) -> torch.Tensor:
+def _with_rows(plan: MergePlan, name: str, block: torch.Tensor, start: int) -> torch.Tensor:
     rows = plan.token_rows[name]
-    values = adapter.get_tensor(plan.files.token_tensor(rows.module)).float().to(block.dtype)
+    values = _adapter_tensor(plan, plan.files.token_tensor(rows.module)).float().to(block.dtype)
     for place, row in enumerate(rows.ids):
         if 0 <= row - start < block.shape[0]:
             block[row - start] = values[place]
     return block
 
 
-def _merged_check(plan: MergePlan, name: str, adapter: Any) -> Any:
+def _merged_check(plan: MergePlan, name: str) -> Any:
     """Counts the numbers of a block (found, before, its first row) that are not before + Δ within the bound."""
     module = name.removesuffix(".weight")
-    a, b = (adapter.get_tensor(f"base_model.model.{module}.lora_{letter}.weight").float() for letter in "AB")
+    a, b = (_adapter_tensor(plan, tensor).float() for tensor in plan.files.pair_tensors(module))
     scaling = plan.files.config.scaling_of(module)
     magnitude = None
     if plan.files.config.use_dora:
-        magnitude = adapter.get_tensor(plan.files.magnitude_tensor(module)).double()
+        magnitude = _adapter_tensor(plan, plan.files.magnitude_tensor(module)).double()
     dtype = torch_dtype(plan.specs[name].dtype)
 
     def wrong(found: torch.Tensor, before: torch.Tensor, start: int) -> int:

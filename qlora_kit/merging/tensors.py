@@ -251,7 +251,7 @@ class AdapterTensors:
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
         self._file = FileIO(plan.files.weights)
-        self._pair: tuple[str, LoraFactors | None] = ("", None)
+        self._pair: tuple[str, LoraFactors] | None = None
 
     def close(self) -> None:
         """Let the file go."""
@@ -259,17 +259,12 @@ class AdapterTensors:
 
     def factors(self, module: str) -> LoraFactors:
         """The pair of ``module``."""
-        if self._pair[0] != module or self._pair[1] is None:
-            files = self._plan.files
-            names = [f"base_model.model.{module}.lora_{letter}.weight" for letter in "AB"]
-            a, b = (self.whole(name).to(self._plan.device) for name in names)
-            magnitude = self.whole(files.magnitude_tensor(module)) if files.config.use_dora else None
-            magnitude = None if magnitude is None else magnitude.to(self._plan.device)
+        if self._pair is None or self._pair[0] != module:
+            files, device = self._plan.files, self._plan.device
+            a, b = (self.whole(name).to(device) for name in files.pair_tensors(module))
+            magnitude = self.whole(files.magnitude_tensor(module)).to(device) if files.config.use_dora else None
             self._pair = (module, LoraFactors(a, b, files.config.scaling_of(module), magnitude))
-        found = self._pair[1]
-        if found is None:
-            raise ValueError(module)
-        return found
+        return self._pair[1]
 
     def whole(self, name: str) -> torch.Tensor:
         """The whole tensor ``name``."""

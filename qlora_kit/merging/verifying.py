@@ -79,7 +79,8 @@ def verify_merge(plan: MergePlan, folder: Path, rows: ValidationRows | str) -> V
     _require_right(tensors)
     prompts = probe_prompts(load_tokenizer(plan.base), _system_prompt(plan))
     probes = Sequences.within_memory(prompts, vocabulary=plan.vocabulary, max_bytes=LOGITS_BYTES)
-    answers = Sequences.of_answers(() if isinstance(rows, str) else rows.encoded)
+    encoded = () if isinstance(rows, str) else rows.encoded
+    answers = Sequences.of_answers(encoded)
     sequences = Sequences([*probes.ids, *answers.ids], [*probes.kept, *answers.kept])
     expected = _Logits.of(plan_logits(plan, sequences, four_bit=plan.onto == "dequantized"), prompts)
     floor = ARITHMETIC_FLOOR * max(float(values.abs().max()) for values in (*expected.probes, *expected.rows))
@@ -88,23 +89,29 @@ def verify_merge(plan: MergePlan, folder: Path, rows: ValidationRows | str) -> V
         same_prompts = _same_prompts(plan, folder, prompts)
         with WrittenTensors(folder) as weights:
             written = _Logits.of(layerwise_logits(folder, weights, sequences, device=plan.device), prompts)
-            again = layerwise_logits(folder, weights, sequences, adjust=_shifts(plan), device=plan.device)
-            shifted = _Logits.of(again, prompts)
-    trained = _trained_logits(plan, sequences, expected, prompts)
-    logits, noise = compare_logits(expected.probes, written.probes), compare_logits(written.probes, shifted.probes)
-    on_rows = rows if isinstance(rows, str) else _on_rows(rows.encoded, expected, written, shifted, trained)
-    passed = same_prompts and _within(logits, noise, floor)
+            logits = _Distance.of(expected, written, encoded)
+            del expected  # of two models at a time, logits are held, no more
+            shifted = layerwise_logits(folder, weights, sequences, adjust=_shifts(plan), device=plan.device)
+            noise = _Distance.of(written, _Logits.of(shifted, prompts), encoded)
+            del shifted
+    drift = logits if _merged_as_trained(plan) else None
+    if drift is None and plan.contract is not None:
+        trained = _Logits.of(plan_logits(plan, sequences, four_bit=True), prompts)
+        drift = _Distance.of(trained, written, encoded)
+    on_rows = rows if isinstance(rows, str) else _on_rows(rows, logits, noise, drift)
+    passed = same_prompts and _within(logits.probes, noise.probes, floor)
     if not isinstance(on_rows, str):
         passed = passed and _within(on_rows.logits, on_rows.noise, floor)
+    max_limit, mean_limit = _limits(noise.probes, floor)
     return Verification(
         passed=passed,
         tensors=tensors,
-        logits=logits,
-        noise=noise,
+        logits=logits.probes,
+        noise=noise.probes,
         effect=effect,
-        max_limit=_limits(noise, floor)[0],
-        mean_limit=_limits(noise, floor)[1],
-        drift=None if trained is None else compare_logits(trained.probes, written.probes),
+        max_limit=max_limit,
+        mean_limit=mean_limit,
+        drift=None if drift is None else drift.probes,
         on_rows=on_rows,
         answers=MetricCheck("nothing was generated"),
     )
@@ -120,6 +127,22 @@ class _Logits:
     @classmethod
     def of(cls, logits: list[torch.Tensor], prompts: Sequence[Sequence[int]]) -> _Logits:
         return cls(logits[: len(prompts)], logits[len(prompts) :])
+
+
+@dataclass(frozen=True)
+class _Distance:
+    """How far one model's logits are from a reference's, and the reference's loss on the validation rows."""
+
+    probes: LogitDifference
+    rows: LogitDifference | None
+    reference_loss: float | None
+
+    @classmethod
+    def of(cls, reference: _Logits, other: _Logits, rows: Sequence[Encoded]) -> _Distance:
+        probes = compare_logits(reference.probes, other.probes)
+        if not rows:
+            return cls(probes, None, None)
+        return cls(probes, compare_logits(reference.rows, other.rows), rows_loss(rows, reference.rows).mean)
 
 
 def _limits(noise: LogitDifference, floor: float) -> tuple[float, float]:
@@ -149,17 +172,18 @@ def _effect(plan: MergePlan, probes: Sequences, expected: _Logits, floor: float)
     return effect
 
 
-def _on_rows(
-    rows: Sequence[Encoded], expected: _Logits, written: _Logits, shifted: _Logits, trained: _Logits | None
-) -> RowsCheck:
+def _on_rows(rows: ValidationRows, logits: _Distance, noise: _Distance, drift: _Distance | None) -> RowsCheck:
+    """The three distances on rows; the reference of ``noise`` is the written model."""
+    if logits.rows is None or noise.rows is None or logits.reference_loss is None or noise.reference_loss is None:
+        raise ValueError("there are validation rows, but none of them was measured")
     return RowsCheck(
-        rows=len(rows),
-        logits=compare_logits(expected.rows, written.rows),
-        noise=compare_logits(written.rows, shifted.rows),
-        drift=None if trained is None else compare_logits(trained.rows, written.rows),
-        loss=rows_loss(rows, written.rows).mean,
-        expected_loss=rows_loss(rows, expected.rows).mean,
-        trained_loss=None if trained is None else rows_loss(rows, trained.rows).mean,
+        rows=len(rows.encoded),
+        logits=logits.rows,
+        noise=noise.rows,
+        drift=None if drift is None else drift.rows,
+        loss=noise.reference_loss,
+        expected_loss=logits.reference_loss,
+        trained_loss=None if drift is None else drift.reference_loss,
     )
 
 
@@ -240,17 +264,9 @@ def _rounding(weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generat
     return share * torch.maximum(half_ulp(weight, dtype), 2 * half_ulp(weight, torch.float32))
 
 
-def _trained_logits(
-    plan: MergePlan, sequences: Sequences, expected: _Logits, prompts: Sequence[Sequence[int]]
-) -> _Logits | None:
-    """Of the base as trained + the adapter: what was merged onto, unless that is the original of a 4-bit training."""
-    if plan.onto == "dequantized":
-        return expected
-    if plan.contract is None:
-        return None
-    if not plan.quantization.load_in_4bit:
-        return expected
-    return _Logits.of(plan_logits(plan, sequences, four_bit=True), prompts)
+def _merged_as_trained(plan: MergePlan) -> bool:
+    """Whether the base used is that of training: the 4-bit one, or the original one where the contract says so."""
+    return plan.onto == "dequantized" or (plan.contract is not None and not plan.quantization.load_in_4bit)
 
 
 def _system_prompt(plan: MergePlan) -> str | None:
