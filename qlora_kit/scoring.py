@@ -7,17 +7,15 @@ perplexity of the whole text is all there is.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qlora_kit.code_execution import ExecutionResult, run_answers
-from qlora_kit.conversation import DataFault, Example, Message, check_texts
-from qlora_kit.data.chat import control_tokens, render_prompts
-from qlora_kit.data.encoding import IGNORED_LABEL, Encoded, Unencodable, encode_batch, encode_texts
+from qlora_kit.conversation import Example
+from qlora_kit.data.chat import render_prompts
+from qlora_kit.data.encoding import encode_texts
 from qlora_kit.data.ledger import Problem, data_error, split_source
-from qlora_kit.data.tokenising import BATCH_ROWS
 from qlora_kit.errors import ConfigError
 from qlora_kit.generation import Completion, FinishReason, Sampling, generate
 from qlora_kit.likelihood import answer_nlls
@@ -30,6 +28,7 @@ from qlora_kit.metrics import (
     score_text,
     text_rows,
 )
+from qlora_kit.reference_answers import answer_texts, encode_answers, require_no_control_tokens, with_system
 from qlora_kit.tasks import Task
 
 if TYPE_CHECKING:
@@ -170,7 +169,7 @@ def score_task(
     """
     if not examples:
         raise ValueError("no rows to score")
-    _refuse_control_tokens(examples, control_tokens(tokenizer))
+    require_no_control_tokens(examples, tokenizer)
     check_scorable(examples, task, allow_code_execution=allow_code_execution)
     if examples[0].text is not None:
         return _score_texts(model, tokenizer, examples, batch_size=batch_size, progress=progress)
@@ -192,7 +191,7 @@ def score_task(
     steps.next_pass(len(examples))
     answers = _Answers(
         predictions=[tokenizer.decode(list(one.token_ids), skip_special_tokens=False) for one in completions],
-        references=_references(examples, conversations, tokenizer),
+        references=answer_texts(examples, conversations, tokenizer),
         stopped=[float(one.finish_reason == "stop") for one in completions],
     )
     if PASS_AT_1 in metrics:
@@ -228,34 +227,6 @@ def _score_texts(
         for example, nll, count in zip(examples, nll_sums, tokens, strict=True)
     )
     return TaskScores((score_perplexity(nll_sums, tokens),), rows)
-
-
-def _references(
-    examples: Sequence[Example], conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """The texts that the answers are compared with; tool calls as the chat template writes them."""
-    references = [messages[-1].content for messages in conversations]
-    calling = [index for index, messages in enumerate(conversations) if messages[-1].tool_calls]
-    encoded = encode_answers(
-        [examples[index] for index in calling], [conversations[index] for index in calling], tokenizer
-    )
-    for index, row in zip(calling, encoded, strict=True):
-        answer = [label for label in row.labels if label != IGNORED_LABEL][:-1]  # without the stop token
-        references[index] = tokenizer.decode(answer, skip_special_tokens=False)
-    return references
-
-
-def _refuse_control_tokens(examples: Sequence[Example], tokens: Sequence[str]) -> None:
-    """A text that holds the end of a turn would be another conversation than the row says."""
-    control = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-    problems = []
-    for example in examples:
-        try:
-            check_texts(example, control)
-        except DataFault as fault:
-            problems.append(Problem(*split_source(example.source), fault.what, fault.expected, fault.fix))
-    if problems:
-        raise data_error(problems)
 
 
 def _rows(
@@ -323,42 +294,6 @@ class _Steps:
         self._before += rows
 
 
-def with_system(messages: Sequence[Message], system_prompt: str) -> tuple[Message, ...]:
-    """The conversation behind ``system_prompt``, unless that is empty or the conversation brings its own."""
-    if not system_prompt or messages[0].role == "system":
-        return tuple(messages)
-    return (Message("system", system_prompt), *messages)
-
-
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]) -> int:
     """Padding is masked, so that any token serves where the tokenizer has none of its own."""
     return stop_token_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def encode_answers(
-    examples: Sequence[Example], conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerBase
-) -> list[Encoded]:
-    """Token ids of each conversation, its last answer supervised.
-
-    Args:
-        examples: Where the conversations come from, for messages.
-        conversations: One for each example, ending with the answer.
-        tokenizer: The base's.
-
-    Raises:
-        DataError: With every row that cannot be encoded.
-    """
-    encoded: list[Encoded] = []
-    problems: list[Problem] = []
-    for start in range(0, len(examples), BATCH_ROWS):
-        rows = examples[start : start + BATCH_ROWS]
-        tools = [example.tools for example in rows]
-        batch = encode_batch(conversations[start : start + BATCH_ROWS], tokenizer, loss_on="last", tools=tools)
-        for example, row in zip(rows, batch, strict=True):
-            if isinstance(row, Unencodable):
-                problems.append(Problem(*split_source(example.source), row.reason, row.expected, row.fix))
-            else:
-                encoded.append(row)
-    if problems:
-        raise data_error(problems)
-    return encoded

@@ -22,7 +22,7 @@ from qlora_kit.export.second_rounding import RowLosses, _advice
 from qlora_kit.four_bit import keep_4bit_weights_as_they_are, linear4bit_modules
 from qlora_kit.likelihood import LossDifference, answer_nlls
 from qlora_kit.models import load_tokenizer
-from qlora_kit.scoring import encode_answers
+from qlora_kit.reference_answers import encode_answers
 
 if TYPE_CHECKING:
     from qlora_kit.training import TrainResult

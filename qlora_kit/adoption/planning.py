@@ -30,8 +30,8 @@ from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.generation import Sampling
 from qlora_kit.models import base_facts, load_tokenizer
 from qlora_kit.prequantized import agreed_quantization, read_prequantization
+from qlora_kit.reference_answers import encode_answers, with_system
 from qlora_kit.safetensors_header import shown
-from qlora_kit.scoring import encode_answers, with_system
 from qlora_kit.suggest import nearest
 from qlora_kit.tasks import TASKS, Task
 

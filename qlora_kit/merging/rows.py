@@ -19,7 +19,7 @@ from qlora_kit.likelihood import Loss
 from qlora_kit.merging.planning import MergePlan
 from qlora_kit.merging.probes import SOME_NUMBERS
 from qlora_kit.models import load_tokenizer
-from qlora_kit.scoring import encode_answers
+from qlora_kit.reference_answers import encode_answers
 from qlora_kit.tasks import Task
 
 if TYPE_CHECKING:

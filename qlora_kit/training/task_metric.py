@@ -12,7 +12,8 @@ from qlora_kit.data.chat import control_tokens, render_prompts, stop_token_ids
 from qlora_kit.data.preparing import prepare
 from qlora_kit.errors import ConfigError
 from qlora_kit.formats import Example
-from qlora_kit.scoring import score_task, with_system
+from qlora_kit.reference_answers import with_system
+from qlora_kit.scoring import score_task
 from qlora_kit.tasks import Task
 
 if TYPE_CHECKING:
