@@ -1,12 +1,14 @@
 """What a merge costs in time and memory: ours onto both kinds of weights, PEFT's, and a plain copy of the files.
 
-    python benchmarks/merge.py [--quick] [--shape 1.5b|7b] [--work DIR] [--json FILE]
+    python benchmarks/merge.py [--quick] [--shape 1.5b|7b] [--verified] [--work DIR] [--json FILE]
 
 A base with random weights and an adapter of all linear layers are written, then every contender runs as a process of
 its own, nothing verified: ``qlora_kit`` onto original and onto dequantized weights; PEFT's load on 16-bit weights,
-``merge_and_unload`` and ``save_pretrained``, synced; and a copy of the weight files, synced. The rounds go through all
-contenders in turn, so that other work on the machine meets all of them; compare by ratio. Peak memory is the process's
-largest resident size (``ru_maxrss``: mapped files count), and beside it the largest anonymous part of it, sampled.
+``merge_and_unload`` and ``save_pretrained``, synced; and a copy of the weight files, synced. ``--verified`` adds the
+kit's merge onto dequantized weights with its verification, which computes logits of four models layer by layer. The
+rounds go through all contenders in turn, so that other work on the machine meets all of them; compare by ratio. Peak
+memory is the process's largest resident size (``ru_maxrss``: mapped files count), and beside it the largest anonymous
+part of it, sampled.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 CONTENDERS = ("copy", "original", "dequantized", "peft")
+VERIFIED = "verified"
 PREPARE = "prepare"  # its own process too: the largest size of a process includes that of the one that started it
 
 
@@ -135,13 +138,13 @@ def sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def run_ours(onto: Any) -> Callable[[Path, Path, Path], None]:
-    """A merge by the kit, unverified."""
+def run_ours(onto: Any, *, verify: bool = False) -> Callable[[Path, Path, Path], None]:
+    """A merge by the kit."""
 
     def run(base: Path, adapter: Path, out: Path) -> None:
         from qlora_kit.merging import merge_adapter
 
-        merge_adapter(adapter, out, base=str(base), onto=onto, verify=False)
+        merge_adapter(adapter, out, base=str(base), onto=onto, verify=verify)
 
     return run
 
@@ -167,7 +170,13 @@ def run_copy(base: Path, adapter: Path, out: Path) -> None:
     sync(out)
 
 
-RUNS = {"copy": run_copy, "original": run_ours("original"), "dequantized": run_ours("dequantized"), "peft": run_peft}
+RUNS = {
+    "copy": run_copy,
+    "original": run_ours("original"),
+    "dequantized": run_ours("dequantized"),
+    "peft": run_peft,
+    VERIFIED: run_ours("dequantized", verify=True),
+}
 
 
 def anonymous_bytes() -> int:
@@ -264,9 +273,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small shape, one round")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="1.5b", help="7b without PEFT, which needs 15 GB")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--verified", action="store_true", help="measure a verified merge too")
     parser.add_argument("--work", type=Path, help="where to write, several times the weights' size")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--contender", choices=(*CONTENDERS, PREPARE), help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=(*RUNS, PREPARE), help=argparse.SUPPRESS)
     parser.add_argument("began", nargs="?", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender is not None:
@@ -280,6 +290,8 @@ def main() -> None:
         return
     shape = "quick" if arguments.quick else arguments.shape
     contenders = CONTENDERS[:-1] if shape == "7b" else CONTENDERS
+    if arguments.verified:
+        contenders = (*contenders, VERIFIED)
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         result = compare(Path(folder), shape, 1 if arguments.quick else arguments.rounds, contenders)
     show(result)
