@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +14,19 @@ def peak_rss_bytes() -> int:
     """The most that was resident of this process so far, mapped files counted."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library return what this process has freed, where it is glibc, which keeps it otherwise.
+
+    Tensors below 32 MiB come from its heap, which shrinks at its end only: blocks of many sizes, made and dropped by
+    turns, leave it in pieces. At 28 layers of a 1.5B model, a layer at a time, it held twice what was in use.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except AttributeError:  # another C library
+        return
+    trim(0)
 
 
 def free_memory_bytes() -> int | None:

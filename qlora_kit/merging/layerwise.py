@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qlora_kit.base_layout import building_model
 from qlora_kit.checkpoint import TensorSpec
 from qlora_kit.errors import BaseModelError
+from qlora_kit.host_memory import give_back_freed_memory
 from qlora_kit.merging.tensors import MergeTensors, Rows
 from qlora_kit.safetensors_header import shown
 
@@ -188,6 +189,9 @@ def _stream_weights(model: PreTrainedModel, names: _Names, adjust: Adjust | None
         else:
             module.register_forward_pre_hook(partial(_fill, names.weights, tensors, adjust, device))
         module.register_forward_hook(_empty)
+    for modules_in_turn in (module for module in modules.values() if isinstance(module, torch.nn.ModuleList)):
+        for layer in modules_in_turn:
+            layer.register_forward_hook(lambda module, inputs, output: give_back_freed_memory())
     weight = names.tensor_of(f"{head_name}.weight", head.weight.shape)
     bias = None if head.bias is None else names.tensor_of(f"{head_name}.bias", head.bias.shape)
     selected: list[tuple[int, int]] = []
