@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -167,6 +167,27 @@ def checked_target(target: Path) -> Path:
             fix="give the path of a new folder",
         )
     return target
+
+
+def require_own_folder(target: Path, marks: Sequence[str]) -> None:
+    """Refuse to replace or delete a folder that the kit did not write: no slip of the hand takes someone's own files.
+
+    Args:
+        target: The folder that is to go; a missing or empty one passes.
+        marks: Names of files, one of which every folder of the kit's own holds.
+
+    Raises:
+        OutputError: ``target`` holds something, and none of ``marks``.
+    """
+    target = Path(os.path.realpath(target))
+    with _disk_errors(target, target):
+        if not target.is_dir() or not any(target.iterdir()) or any((target / name).is_file() for name in marks):
+            return
+    raise OutputError(
+        f"{target}: this command did not write the folder, so that it stays as it is",
+        expected=f"a folder that holds {' or '.join(marks)}, or a new one",
+        fix="give another folder, or remove this one yourself",
+    )
 
 
 def _refuse_occupied(target: Path, *, overwrite: bool) -> None:

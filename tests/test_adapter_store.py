@@ -271,3 +271,23 @@ def test_a_thousand_adapters_are_listed_by_name(store: AdapterStore, tmp_path: P
     for index in range(1, 1000):
         shutil.copytree(source, store.root / f"a{index:04d}")
     assert [card.name for card in store.list()] == [f"a{index:04d}" for index in range(1000)]
+
+
+def test_folders_that_are_no_adapters_are_neither_replaced_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.csv").write_text("text,label\n")
+    store = AdapterStore(tmp_path)  # a slip of the hand: --store .
+    with pytest.raises(OutputError, match="did not write the folder"):
+        store.add(make_run(tmp_path / "run"), "data", replace=True)
+    with pytest.raises(OutputError, match="did not write the folder"):
+        store.delete("data")
+    assert os.listdir(tmp_path / "data") == ["mine.csv"]
+
+
+def test_no_adapter_is_called_base(store: AdapterStore, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    store.add(run, "a")
+    with pytest.raises(AdapterError, match="the base alone"):
+        store.add(run, "base")
+    with pytest.raises(AdapterError, match="the base alone"):
+        store.rename("a", "Base")

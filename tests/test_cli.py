@@ -182,6 +182,8 @@ def test_generate_prints_its_answer(
     plain = command("generate", "--prompts", "prompts.txt", "--adapter", "reviews").out.splitlines()
     assert [json.loads(line) for line in plain] == many["answers"]
     refused(command("generate", "Hi", "--prompts", "prompts.txt"), "both a prompt and --prompts")
+    same = command("generate", "--prompts", "prompts.txt", "--out", "prompts.txt", "--overwrite")
+    refused(same, "is the file of prompts")
     Path("bad.csv").write_text("question\nWhy?\n", encoding="utf-8")
     refused(command("generate", "--prompts", "bad.csv"), "bad.csv:2: the column 'prompt' is missing")
     refused(command("generate", "--prompts", "none.txt"), "the file does not exist")

@@ -171,9 +171,13 @@ def test_an_occupied_folder_is_refused_with_the_ways_on(to: str, run: Path, out:
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
 
-def test_overwriting_replaces_the_whole_folder(merged: Path, out: Path) -> None:
+def test_overwriting_replaces_the_whole_folder_of_an_export_alone(merged: Path, out: Path) -> None:
     out.mkdir()
     (out / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="did not write the folder"):
+        export_model(merged, "gguf", out, quant="f16", overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "export_report.json").write_text("{}")
     export_model(merged, "gguf", out, quant="f16", overwrite=True)
     assert {path.name for path in out.iterdir()} == {"merged-f16.gguf", "export_report.json"}
 

@@ -25,7 +25,7 @@ LAYERS = {
             " measured_speed code_execution generation likelihood reference_answers scoring report lora_bank fast",
             "training engine merging adoption combining data_check export",
             "evaluation_plan evaluation doctor chat batch server",
-            "cli",
+            "cli __main__",
         )
     )
     for name in names.split()

@@ -447,10 +447,14 @@ def test_an_occupied_output_is_refused_and_replaced_only_on_request(plain: tuple
         merge(*(plain[0], out, plain[1]))
     with pytest.raises(BaseModelError):
         merge(plain[0], out, plain[1].parent / "absent", overwrite=True)
+    with pytest.raises(OutputError, match="did not write the folder"):  # a slip of the hand, such as --out data
+        merge(plain[0], out, plain[1], overwrite=True)
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
 
+    (out / "mine.txt").rename(out / "merge_report.json")
+    (out / "old.txt").write_text("of an earlier merge")
     merge(*(plain[0], out, plain[1]), overwrite=True)
-    assert not (out / "mine.txt").exists()
+    assert not (out / "old.txt").exists()
     assert (out / "merge_report.json").is_file()
 
 

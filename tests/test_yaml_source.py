@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
-from qlora_kit.config.yaml_source import dump_yaml, parse_value, parse_yaml
+from qlora_kit.config.yaml_source import dump_yaml, parse_value, parse_yaml, read_yaml
 from qlora_kit.errors import ConfigError
 
 
@@ -67,6 +68,13 @@ def test_refusals(text: str, message: str) -> None:
     assert message in str(caught.value)
     assert caught.value.faults[0].expected
     assert caught.value.faults[0].fix
+
+
+def test_data_in_the_place_of_a_config_is_told_as_such(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text("text,label\na,positive\n")
+    with pytest.raises(ConfigError, match="is a file of data") as caught:
+        read_yaml(tmp_path / "mine.csv")
+    assert "data.train=" in caught.value.faults[0].fix
 
 
 def test_dump_reads_back_the_same_here_and_in_yaml_1_1() -> None:

@@ -16,7 +16,13 @@ from qlora_kit.adapters.card import AdapterCard, AdapterDetails, own_files, read
 from qlora_kit.adapters.contract import AdapterContract
 from qlora_kit.adapters.contract_file import CONTRACT_FILE, read_contract_json, write_contract_json
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter_folder, require_regular_file
-from qlora_kit.atomic import atomic_directory, discard_directory, moved_aside_names, recover_leftovers
+from qlora_kit.atomic import (
+    atomic_directory,
+    discard_directory,
+    moved_aside_names,
+    recover_leftovers,
+    require_own_folder,
+)
 from qlora_kit.errors import AdapterError, Fault, OutputError
 from qlora_kit.regular_file import folder_identity, open_regular
 from qlora_kit.safetensors_header import shown
@@ -27,6 +33,7 @@ NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
 """What a run, a task and an adapter may be called."""
 _NAME = re.compile(NAME_PATTERN)
 LOCK_FILE = ".lock"
+_BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,7 @@ class AdapterStore:
                 what = f"{run_folder}: is already the adapter {name!r} of this store"
                 fix = "give another name with --name"
                 raise AdapterError(what, expected="a folder outside, or another name", fix=fix)
+            self._require_adapter(name)
             with atomic_directory(self.root / name, overwrite=replace or itself) as temporary:
                 _copy_own_files(run_folder, temporary, omit=omit)
                 if contract is None:
@@ -226,7 +234,9 @@ class AdapterStore:
             OutputError: The store cannot be written to.
         """
         with self._locked():
-            discard_directory(self._existing(name))
+            folder = self._existing(name)
+            self._require_adapter(name)
+            discard_directory(folder)
 
     def _entries(self) -> _Names:
         names = self._folder_names()
@@ -272,6 +282,9 @@ class AdapterStore:
             raise AdapterError(f"{path}: is a symbolic link", expected="a folder inside the store", fix=fix)
 
     def _refuse_collision(self, name: str, *, replace: bool, besides: str | None = None) -> None:
+        if name.casefold() == _BASE:
+            what = f"{name!r} means the base alone, in files of prompts and in the chat"
+            raise AdapterError(what, expected="a name that no request could mean otherwise", fix="give another name")
         for other in self._entries():
             if other == name and not replace:
                 fix = "give another name, delete that adapter first, or give --replace (not with `adapters rename`)"
@@ -280,6 +293,10 @@ class AdapterStore:
                 what = f"{name!r} differs from the adapter {other!r} only in upper and lower case"
                 fix = f"give another name, or use {other!r} itself"
                 raise AdapterError(what, expected="names that stay apart on every file system", fix=fix)
+
+    def _require_adapter(self, name: str) -> None:
+        """Neither replace nor delete what is no adapter, whole or broken: any folder may be given as a store."""
+        require_own_folder(self.root / name, (CONFIG_FILE, WEIGHTS_FILE, CONTRACT_FILE))
 
     def _unknown(self, name: str) -> AdapterError:
         names = self._entries()

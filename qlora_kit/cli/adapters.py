@@ -116,7 +116,7 @@ def _show_cards(store: Path, cards: Sequence[AdapterCard]) -> None:
 
     table = Table(title=Text(str(store), "table.title"), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _RIGHT else "left")
+        table.add_column(column, justify="right" if column in _RIGHT else "left", overflow="fold")  # names stay whole
     for texts in rows:
         table.add_row(*map(Text, texts))
     stdout_console().print(table)

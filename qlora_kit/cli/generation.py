@@ -107,6 +107,9 @@ def _questions(
     if prompts is not None:
         from qlora_kit.data.prompt_file import read_prompts
 
+        if out is not None and out.exists() and prompts.exists() and out.samefile(prompts):
+            fix = "give another --out"
+            raise ConfigError(f"--out {out}: is the file of prompts", expected="a file of its own", fix=fix)
         return questions_of(read_prompts(prompts), adapter=adapter, system=system)
     if out is not None:
         fix = "leave --out out, or name a file with --prompts"

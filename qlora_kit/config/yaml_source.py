@@ -59,12 +59,21 @@ class Source:
     lines: dict[KeyPath, int]
 
 
+_DATA_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".xlsx", ".txt")
+
+
 def read_yaml(path: Path) -> Source:
     """The mapping that a YAML file holds.
 
     Raises:
         ConfigError: The file is missing, unreadable or not UTF-8, is not YAML, repeats a key or holds no mapping.
     """
+    if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
+        raise ConfigError(
+            f"{path}: is a file of data, not a config",
+            expected="a config (YAML), which names the data",
+            fix=f"give a config and the data behind it: configs/sentiment.yaml data.train={path}",
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError as error:

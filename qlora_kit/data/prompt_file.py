@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from qlora_kit.data.ledger import Problem, data_error
@@ -39,17 +40,19 @@ def read_prompts(path: Path) -> list[Prompt]:
             and, where rows ask for them, ``adapter`` and ``system``.
 
     Raises:
-        DataError: The file cannot be read, holds no row, or a row holds no prompt; with every such row.
+        DataError: The file cannot be read, holds no row, or a row holds no prompt or a misspelt column; every such row.
     """
     prompts: list[Prompt] = []
     problems: list[Problem] = []
     column = COLUMNS[path.suffix.lower() == ".txt"]
+    unused: set[str] = set()
     for item in read_rows(path):
         if isinstance(item, Note):
             logger.warning("%s", item.text)
         elif isinstance(item, Problem):
             problems.append(item)
         else:
+            unused |= item.values.keys() - {column, _ADAPTER, _SYSTEM}
             prompt = _prompt(item, column)
             if isinstance(prompt, Problem):
                 problems.append(prompt)
@@ -57,6 +60,8 @@ def read_prompts(path: Path) -> list[Prompt]:
                 prompts.append(prompt)
     if problems:
         raise data_error(problems)
+    if unused:
+        logger.warning("%s: nothing uses the columns %s", path, ", ".join(sorted(unused)))
     return prompts
 
 
@@ -66,6 +71,12 @@ def _prompt(row: Row, column: str) -> Prompt | Problem:
         what = "is missing" if column not in row.values else "holds no text"
         fix = f"write a text into the column {column!r}, or remove the row"
         return Problem(row.file, row.line, f"the column {column!r} {what}", "a prompt in each row", fix)
+    for name in row.values.keys() - {column, _ADAPTER, _SYSTEM}:  # or the wrong model would answer
+        near = get_close_matches(name.casefold(), (_ADAPTER, _SYSTEM), n=1, cutoff=0.8)
+        if near:
+            expected = f"the columns {column}, {_ADAPTER} and {_SYSTEM}"
+            fix = f"did you mean {near[0]!r}? rename the column, or remove it"
+            return Problem(row.file, row.line, f"the column {name!r} is unknown", expected, fix)
     asked: dict[str, str | None] = {}
     for name in (_ADAPTER, _SYSTEM):
         entry = row.values.get(name)

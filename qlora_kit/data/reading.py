@@ -56,6 +56,10 @@ def _read_file(path: Path) -> Iterator[Item]:
     name = display_name(path)
     suffix = path.suffix.lower()
     reader = READERS.get(suffix)
+    if path.is_dir():
+        fix = f"name its files, as a pattern such as '{name}/*.csv'"
+        yield Problem(name, None, "is a folder", "a file, a list of files or a pattern", fix, stops=True)
+        return
     if reader is None:
         yield unknown_ending(name, path.suffix, ", ".join(READERS))
         return

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from qlora_kit.adapters.store import DEFAULT_STORE
-from qlora_kit.atomic import atomic_directory
+from qlora_kit.atomic import atomic_directory, require_own_folder
 from qlora_kit.errors import ConfigError
 from qlora_kit.export import bnb_4bit, llama_cpp, ollama, trained_base, vllm
 from qlora_kit.export.job import ExportJob, StageProgress, Target, require_possible
@@ -92,7 +92,7 @@ def export_model(
         check: Run what was written in llama.cpp and compare, where its binding is installed.
         separate: For ``ollama``: base and adapter as two files, instead of one merged model.
         store: Where adapters are looked up by name.
-        overwrite: Replace ``out`` if it is occupied.
+        overwrite: Replace ``out`` if it is occupied, by an earlier export alone.
         progress: As ``StageProgress``.
 
     Raises:
@@ -122,6 +122,8 @@ def export_model(
     )
     require_possible(to, target, job)
     refuse_overlap(out, {f"{entry.kind} {entry.name}": entry.folder for entry in job.sources})
+    if overwrite:
+        require_own_folder(out, (REPORT_FILE,))
     with atomic_directory(out, overwrite=overwrite) as folder:
         produced = target.write(job, folder)
         result = ExportResult(

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_kit.adapters import AdapterContract, base_fingerprint, check_adapter_folder, library_versions
 from qlora_kit.adapters.card import CARD_FILE
 from qlora_kit.adapters.trained_base import REPORT_FILE, TRAINED_BASE
-from qlora_kit.atomic import atomic_directory
+from qlora_kit.atomic import atomic_directory, require_own_folder
 from qlora_kit.base_files import TINY, resolve_base
 from qlora_kit.host_memory import peak_rss_bytes
 from qlora_kit.merging.card import model_card
@@ -59,7 +59,7 @@ def merge_adapter(
         onto: ``dequantized``, ``original``, or ``auto``: as the contract says the adapter was trained, unless its
             validation rows show that ``original`` is better (``choosing.choose_onto_by_rows``).
         verify: Measure: verify what was written, and for ``auto`` both ways of merging; a layer at a time.
-        overwrite: Replace ``out`` if it is occupied.
+        overwrite: Replace ``out`` if it is occupied, by an earlier output alone.
         max_shard_bytes: Files hold at most so many bytes of tensors.
         device: Where products are computed, ``cpu`` or ``cuda``; None for the GPU where there is one.
         progress: Called while weights are written.
@@ -67,7 +67,8 @@ def merge_adapter(
     Raises:
         AdapterError: The adapter is unsound, is for another base, changes nothing, or cannot be merged.
         BaseModelError: The base is missing, damaged, a merge itself, or for ``original`` quantized already.
-        OutputError: ``out`` is occupied or does not fit, or memory does not suffice for verifying.
+        OutputError: ``out`` is occupied (with ``overwrite``: by other files) or does not fit, or memory does not
+            suffice for verifying.
         GuardError: The written files are not base + adapter; nothing is left of them.
     """
     order = _Order(
@@ -109,7 +110,7 @@ def write_trained_base(
         adapter: An adapter that was trained on it, whose contract says how the base is quantized; None for NF4 with
             double quantization (a base of 4-bit files: as its files say).
         verify: Verify the written files.
-        overwrite: Replace ``out`` if it is occupied.
+        overwrite: Replace ``out`` if it is occupied, by an earlier output alone.
         max_shard_bytes: Files hold at most so many bytes of tensors.
         device: Where logits are computed; None for the GPU where there is one.
         progress: Called while weights are written.
@@ -186,6 +187,8 @@ def _carry_out(order: _Order, out: Path) -> MergeResult:
             return _with_costs(found, started)
     with atomic_directory(out, overwrite=order.overwrite) as folder:
         plan = order.plan(out)
+        if order.overwrite:
+            require_own_folder(out, (REPORT_FILE,))
         inputs = order.inputs()
         require_effect(plan)
         rows = validation_rows(plan) if order.verify else "nothing was to be measured"
