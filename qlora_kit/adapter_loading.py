@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapters import AdapterFiles, AdapterSnapshot, pair_faults, require_shareable
+from qlora_kit.adapters import AdapterFiles, AdapterSnapshot, pair_faults
 from qlora_kit.errors import AdapterError, Fault
 from qlora_kit.four_bit import linear4bit_modules
 from qlora_kit.models import linear_shapes
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 MAX_FAULTS = 20
 _PREFIX = "base_model.model."
 _TOKENS_END = ".token_adapter.trainable_tokens_delta"
+_BIAS_END = ".bias"
 _FIX = "load the adapter on the base it was trained on, or train an adapter for this base"
 
 
@@ -35,11 +36,13 @@ class BaseModules:
 
     Attributes:
         linear_shapes: Name of each linear layer to its (out_features, in_features).
+        biases: Name of each module with a bias to the bias's shape.
         parameters: Name of each module to the shapes of its own parameters by name; None where an adapter cannot save
             the module: it holds other modules, or its weight is in 4 bits.
     """
 
     linear_shapes: Mapping[str, tuple[int, int]]
+    biases: Mapping[str, tuple[int, ...]]
     parameters: Mapping[str, Mapping[str, tuple[int, ...]] | None]
 
 
@@ -53,7 +56,12 @@ def base_modules(model: torch.nn.Module) -> BaseModules:
         else:
             own = module.named_parameters(recurse=False)
             parameters[name] = {key: tuple(parameter.shape) for key, parameter in own}
-    return BaseModules(linear_shapes(model), parameters)
+    biases = {
+        name.removesuffix(_BIAS_END): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if name.endswith(_BIAS_END)
+    }
+    return BaseModules(linear_shapes(model), biases, parameters)
 
 
 def extra_faults(files: AdapterFiles, base: BaseModules) -> list[Fault]:
@@ -84,14 +92,24 @@ def extra_faults(files: AdapterFiles, base: BaseModules) -> list[Fault]:
     return _differences(files, found, expected)
 
 
+def bias_faults(files: AdapterFiles, base: BaseModules) -> list[Fault]:
+    """What keeps the trained biases of an adapter from taking the place of a base's."""
+    found = {name: files.tensors[name].shape for name in files.base_tensors}
+    expected = {}
+    for module, shape in base.biases.items():
+        name = f"{_PREFIX}{module}{'.base_layer' if module in files.pairs else ''}{_BIAS_END}"
+        if name in found:  # one that is not there stays the base's
+            expected[name] = shape
+    return _differences(files, found, expected)
+
+
 def require_fit(files: AdapterFiles, base: BaseModules) -> None:
     """Refuse an adapter that this base cannot take beside others.
 
     Raises:
-        AdapterError: It brings tensors of the base itself, or its own do not fit the base; with every fault.
+        AdapterError: Its tensors do not fit the base; with every fault.
     """
-    require_shareable(files)
-    faults = pair_faults(files, base.linear_shapes) + extra_faults(files, base)
+    faults = pair_faults(files, base.linear_shapes) + extra_faults(files, base) + bias_faults(files, base)
     if faults:
         raise AdapterError.of(faults, at_most=MAX_FAULTS)
 
@@ -100,6 +118,8 @@ def attach_adapter(
     model: PreTrainedModel, peft_model: PeftModel | None, adapter: AdapterSnapshot, *, slot: str
 ) -> PeftModel:
     """Put ``adapter`` on the base beside those that are there; whatever goes wrong, the base is left as it was.
+
+    Its biases are left out (``trained_biases``): the base has one of each, and PEFT would write over it.
 
     Args:
         model: The base.
@@ -155,15 +175,26 @@ def _attached(model: PreTrainedModel, peft_model: PeftModel | None, adapter: Ada
     own = {
         _name_in_file(name, slot): parameter for name, parameter in model.named_parameters() if slot in name.split(".")
     }
-    found = {name: info.shape for name, info in adapter.files.tensors.items()}
+    brought = adapter.files.tensors.keys() - set(adapter.files.base_tensors)
+    found = {name: adapter.files.tensors[name].shape for name in brought}
     faults = _differences(adapter.files, found, {name: tuple(parameter.shape) for name, parameter in own.items()})
     if faults:
         raise AdapterError.of(faults, at_most=MAX_FAULTS)
     with torch.no_grad():
-        for name, tensor in adapter_tensors(adapter).items():
-            own[name].copy_(tensor)
-    _require_finite(adapter.files, own)
+        tensors = adapter_tensors(adapter)
+        for name in brought:
+            own[name].copy_(tensors[name])
+    require_finite(adapter.files, own)
     return peft_model
+
+
+def trained_biases(adapter: AdapterSnapshot) -> dict[str, torch.Tensor]:
+    """Copies of the biases that an adapter brings, by the base's module name."""
+    tensors = adapter_tensors(adapter)
+    return {
+        name.removeprefix(_PREFIX).removesuffix(_BIAS_END).removesuffix(".base_layer"): tensors[name].clone()
+        for name in adapter.files.base_tensors
+    }
 
 
 def _name_in_file(parameter: str, slot: str) -> str:
@@ -252,8 +283,12 @@ def adapter_tensors(adapter: AdapterSnapshot) -> dict[str, torch.Tensor]:
     }
 
 
-def _require_finite(files: AdapterFiles, loaded: Mapping[str, torch.Tensor]) -> None:
-    """A saved module takes the base's dtype, in which a value of the file may not be finite."""
+def require_finite(files: AdapterFiles, loaded: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors that took the base's dtype, in which a value of the file may not be finite.
+
+    Raises:
+        AdapterError: One of them is not.
+    """
     for name, tensor in loaded.items():
         if not bool(tensor.isfinite().all()):
             what = f"{files.weights}: tensor {shown(name)} holds values that {tensor.dtype} cannot hold"

@@ -255,6 +255,14 @@ def text_fault(where: str, text: str, control: re.Pattern[str] | None) -> Fault 
     )
 
 
+def turn_faults(conversation: Sequence[Message], control: re.Pattern[str] | None) -> list[Fault]:
+    """Turns whose text would end the turn and open another (``<|im_end|>``), or is no text; by number and role."""
+    faults = [
+        text_fault(f"turn {number} ({turn.role})", turn.content, control) for number, turn in enumerate(conversation, 1)
+    ]
+    return [fault for fault in faults if fault is not None]
+
+
 def texts_of(example: Example) -> Iterator[tuple[str, str]]:
     """Each text that a tokenizer will see, with its place."""
     for number, message in enumerate(example.messages, start=0 if example.system_added else 1):

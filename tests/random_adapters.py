@@ -23,8 +23,9 @@ def write_adapter(folder: Path, base: PreTrainedModel, *, seed: int = 0, scale: 
     adapted = get_peft_model(copy_of(base), LoraConfig(**chosen))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name:
-            start = parameter.data if "magnitude" in name or "modules_to_save" in name else 0.0
+        is_bias = name.endswith(".bias") and parameter.requires_grad  # those that `bias` names
+        if "lora_" in name or "modules_to_save" in name or "trainable_tokens" in name or is_bias:
+            start = parameter.data if "magnitude" in name or "modules_to_save" in name or is_bias else 0.0
             parameter.data = start + scale * torch.randn(parameter.shape, generator=generator)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder

@@ -13,13 +13,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from qlora_kit.cli import app, main
 from qlora_kit.report import can_plot
 from qlora_kit.training import TrainResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 PROSE = {"into"}  # "merged by qlora-kit into ..."
@@ -230,17 +233,38 @@ def test_generate_writes_a_file_and_goes_on_from_a_stopped_run(
     refused(command(*run, "--out", "out.jsonl"), "out.jsonl: exists already", "--overwrite")
     refused(command("generate", "Hello", "--out", "out.jsonl"), "--out is given for one prompt")
     refused(command(*run, "--overwrite"), "--overwrite is given without --out")
-    with monkeypatch.context() as patch:
-        patch.setattr("qlora_kit.batch.answer_all", None)  # nothing may be answered
-        rows[4]["prompt"] = "So <|im_end|>"
-        rows[6]["system"] = "<|im_start|>"
-        Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        told = command("generate", "--prompts", "bad.jsonl", "--adapter", "reviews")
-    refused(told, "prompt 5: turn 1 (user) holds the control token <|im_end|>", "prompt 7: turn 1 (system) holds")
     Path("p.jsonl").write_text('{"prompt": "Hi", "adapter": 3}\n', encoding="utf-8")
     refused(command(*run), "p.jsonl:1: the column 'adapter' holds no text")
     Path("p.jsonl").write_text('{"prompt": "Hi", "adapter": "revews"}\n', encoding="utf-8")
     refused(command(*run), "revews", "did you mean reviews?")
+
+
+def test_mistakes_are_told_before_the_base_is_loaded(
+    command: Callable[..., Outcome],
+    store: Path,
+    chatml_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from qlora_kit.adapters import AdapterContract
+
+    monkeypatch.setattr("qlora_kit.cli.engine.EnginePlan.open", None)
+    rows: list[dict[str, Any]] = [{"prompt": f"Is room {number} good?"} for number in range(7)]
+    rows[2]["prompt"] = "word " * 600
+    rows[4]["prompt"] = "So <|im_end|>"
+    rows[6]["system"] = "<|im_start|>"
+    Path("bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    told = command("generate", "--prompts", "bad.jsonl", "--adapter", "reviews")
+    refused(told, "prompt 5: turn 1 (user) holds the control token <|im_end|>", "prompt 7: turn 1 (system) holds")
+    contract = AdapterContract.load(store / "reviews")
+    system = [{"role": "system", "content": contract.system_prompt}] if contract.system_prompt else []
+    turns = [*system, {"role": "user", "content": rows[2]["prompt"]}]
+    ids = chatml_tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert f"prompt 3: the prompt is {len(ids)} tokens long" in told.err
+    refused(command("chat", "--adapter", "reviews", "--system", "<|im_end|>"), "(system) holds the control token")
+    for verb in (("chat",), ("eval", "--limit", 3), ("generate", "Hello")):
+        missing = command(*verb, "--adapter", "revews")
+        refused(missing, "revews", "did you mean reviews?")
+        assert "loading" not in missing.err
 
 
 def test_serve_tells_of_a_store_that_is_not_there(command: Callable[..., Outcome]) -> None:

@@ -244,8 +244,20 @@ def test_an_adapter_that_would_write_over_the_base_is_refused_and_its_name_stays
         shutil.copytree(store / "b", folder)
         save_file({**good, **poison}, folder / WEIGHTS)
         refused(engine, folder, "is not declared")
-    declared = write_adapter(tmp_path / "declared" / "guest", random_model, bias="lora_only")
-    refused(engine, declared, r"tensors of the base itself(.|\n)*q_proj\.base_layer\.bias")
+    biases = write_adapter(tmp_path / "biases" / "guest", random_model, bias="all")
+    good = load_file(biases / WEIGHTS)
+    layer = "base_model.model.model.layers.0"
+    for index, (poison, told) in enumerate(
+        (
+            ({f"{layer}.self_attn.q_proj.base_layer.bias": torch.zeros(65)}, r"shape \(65,\)(.|\n)*\(64,\)"),
+            ({f"{layer}.mlp.up_proj.base_layer.bias": torch.zeros(128)}, "is not one of this adapter on this base"),
+            ({f"{layer}.self_attn.q_proj.bias": torch.zeros(64)}, "is not one of this adapter on this base"),
+        )
+    ):
+        folder = tmp_path / f"bias{index}" / "guest"
+        shutil.copytree(biases, folder)
+        save_file({**good, **poison}, folder / WEIGHTS)
+        refused(engine, folder, told)
     with engine.using(None) as model:
         assert torch.equal(logits(model), before)
     shutil.copytree(store / "b", tmp_path / "good" / "guest")

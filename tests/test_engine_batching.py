@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ KINDS = {
     "c": {"use_rslora": True, "rank_pattern": {"q_proj": 8}},
     "dora": {"use_dora": True},
     "saved": {"modules_to_save": ["lm_head"]},
+    "biases": {"bias": "lora_only", "target_modules": ["q_proj", "up_proj"]},
+    "all": {"bias": "all", "use_dora": True, "target_modules": ["v_proj"], "modules_to_save": ["norm"]},
 }
 UNQUANTIZED = QuantizationSection(load_in_4bit=False)
 
@@ -37,7 +40,7 @@ def store(random_model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactor
     return root
 
 
-def make_engine(base: Path, store: Path, **options: int) -> Engine:
+def make_engine(base: Path, store: Path, **options: Any) -> Engine:
     return Engine(str(base), store=store, quantization=UNQUANTIZED, **options)
 
 
@@ -57,8 +60,8 @@ def make_prompts(count: int, seed: int = 0) -> list[tuple[int, ...]]:
     return [tuple(numbers.randrange(10, 350) for _ in range(numbers.randrange(1, 40))) for _ in range(count)]
 
 
-PROMPTS = make_prompts(15)
-NAMES: list[str | None] = [[None, *KINDS][index % 6] for index in range(15)]
+PROMPTS = make_prompts(16)
+NAMES: list[str | None] = [[None, *KINDS][index % 8] for index in range(16)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +90,7 @@ def ids_of(handle: Handle) -> list[int]:
 
 
 def test_greedy_rows_of_a_mixed_batch_are_those_of_peft_alone(engine: Engine, expected: list[list[int]]) -> None:
-    """15 requests over 5 adapters and the base, 8 rows, 3 slots: rows join and leave all the time."""
+    """16 requests over 7 adapters and the base, 8 rows, 3 slots: rows join and leave all the time."""
     for round_ in range(2):  # the second time, prompts are known already
         handles = [engine.submit(request(index)) for index in range(len(PROMPTS))]
         assert engine.stats().waiting == len(PROMPTS)
@@ -114,6 +117,33 @@ def test_requests_that_join_later_and_others_that_leave_change_nothing(
                 engine.advance()
         for index in order.sample(indices, len(indices)):
             assert ids_of(handles[index]) == expected[index]
+
+
+def test_trained_biases_are_pefts_own_and_the_bases_stay(
+    random_base: Path, random_model: PreTrainedModel, store: Path, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    """In one batch with rows of the base and of pairs alone, then in passes of one's own."""
+    engine = make_engine(random_base, store)
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in engine.model.state_dict().items()}
+    indices = [index for index, name in enumerate(NAMES) if name in (None, "a", "biases", "all")]
+    handles = [engine.submit(request(index)) for index in indices]
+    assert [ids_of(handle) for handle in handles] == [expected[index] for index in indices]
+    ids = torch.arange(40, 100).reshape(6, 10)
+    for name in ("biases", "a", "all", None, "biases"):
+        peft = with_adapter(random_model, None if name is None else store / name)
+        with torch.no_grad(), engine.using(name) as model:
+            found, wanted = model(input_ids=ids).logits, peft(input_ids=ids).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-6 * float(wanted.abs().max()))
+    without = tmp_path / "biases"  # what the biases do is more than rounding
+    write_adapter(without, random_model, seed=list(KINDS).index("biases"), target_modules=["q_proj", "up_proj"])
+    plain, trained = (with_adapter(random_model, folder)(ids).logits for folder in (without, store / "biases"))
+    assert float((plain - trained).detach().abs().max()) > 0.1
+    for name in ("biases", "all"):
+        engine.unload(name)
+    after = engine.model.state_dict()
+    assert list(after) == list(before)
+    assert all(tensor.data_ptr() == before[name][0] for name, tensor in after.items())
+    assert all(torch.equal(tensor, before[name][1]) for name, tensor in after.items())
 
 
 def test_four_bit_bases_too(random_base: Path, store: Path) -> None:
@@ -153,6 +183,23 @@ def test_the_thread_of_the_engine_gives_the_same(started: Engine, expected: list
         thread.join(60)
     assert [found[index] for index in range(len(PROMPTS))] == expected
     assert started.submit(request(0)).result(timeout=60).completion_tokens == len(expected[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_decode_steps_give_the_same(
+    random_base: Path, store: Path, expected: list[list[int]], backend: str
+) -> None:
+    """With aot_eager the pass is traced and functionalised as for a compiler, and its operations run as they are."""
+    engine = make_engine(random_base, store, max_batch=4, slots=3, compile_backend=backend)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    indices = [index for index, name in enumerate(NAMES) if name in (None, "a", "b", "c")]  # 8 of them
+    handles = [engine.submit(request(index)) for index in indices]
+    assert [ids_of(handle) for handle in handles] == [expected[index] for index in indices]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    with pytest.raises(ConfigError, match=r"compile_backend is 'fast'(.|\n)*inductor"):
+        make_engine(random_base, store, compile_backend="fast")
 
 
 # --- each row its own settings ---
@@ -260,6 +307,7 @@ def test_what_is_wrong_with_a_request_comes_out_of_its_handle(engine: Engine, st
         (Request(prompt_ids=(40,), adapter=str(store / "a")), AdapterError, "is not loaded"),
         (Request(prompt_ids=(40,), adapter="a:x"), AdapterError, "is no weight"),
         (Request(prompt_ids=(40,), adapter="dora:0.5"), AdapterError, "more than LoRA pairs"),
+        (Request(prompt_ids=(40,), adapter="a+biases"), AdapterError, "more than LoRA pairs"),
         (Request(prompt_ids=(40,) * 512), ConfigError, "512 tokens long"),
         (Request(prompt_ids=(40, 100_000)), ConfigError, "token ids from 40 to 100000"),
     ]

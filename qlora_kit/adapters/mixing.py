@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+from qlora_kit.adapters.contract import AdapterContract
 from qlora_kit.errors import AdapterError
 
 MAX_PARTS = 8
@@ -32,6 +33,12 @@ def parse_adapter(text: str | None, loaded: Collection[str] = ()) -> tuple[tuple
     for name, weight in parts:
         sums[name] = sums.get(name, 0.0) + weight
     return tuple(sums.items())
+
+
+def shared_system_prompt(contracts: Sequence[AdapterContract | None]) -> str | None:
+    """The system prompt that a request's adapters were trained with, where it is one and the same."""
+    prompts = {None if contract is None else contract.system_prompt for contract in contracts}
+    return prompts.pop() if len(prompts) == 1 else None
 
 
 def split_weight(text: str) -> tuple[str, float]:

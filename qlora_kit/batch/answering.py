@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from qlora_kit.adapters import weights_sha256
-from qlora_kit.conversation import Message
+from qlora_kit.adapters import AdapterContract, weights_sha256
+from qlora_kit.adapters.mixing import parse_adapter, shared_system_prompt
+from qlora_kit.conversation import Message, control_pattern, turn_faults
 from qlora_kit.data.prompt_file import Prompt
 from qlora_kit.errors import ConfigError, Fault, QloraKitError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from qlora_kit.engine import Answer, Engine, Handle, Request
     from qlora_kit.generation import Sampling
 
@@ -58,17 +61,42 @@ def questions_of(prompts: Sequence[Prompt], *, adapter: str | None, system: str 
     ]
 
 
-def require_texts(engine: Engine, questions: Sequence[Question]) -> None:
-    """What is wrong with the texts of any question, before the first is answered.
+def require_prompts(
+    questions: Sequence[Question],
+    contracts: Mapping[str, AdapterContract | None],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    positions: int | None,
+) -> None:
+    """What is wrong with the text of any question, before the base is loaded.
+
+    Args:
+        questions: What will be asked.
+        contracts: Of each adapter that they name; None for one without.
+        tokenizer: The base's.
+        positions: Of the base; None where its files do not say.
 
     Raises:
-        ConfigError: Texts hold control tokens, or what is no text.
+        ConfigError: Texts hold control tokens or what is no text, or prompts are too long; by number.
+        QloraKitError: The chat template refuses a prompt; its number is told.
     """
-    faults = [
-        Fault(f"prompt {number}: {fault.what}", fault.expected, fault.fix)
-        for number, question in enumerate(questions, 1)
-        for fault in engine.text_faults(_turns(question))
-    ]
+    from qlora_kit.data.chat import control_tokens, prompt_length_fault, render_prompt
+
+    control = control_pattern(control_tokens(tokenizer))
+    faults: list[Fault] = []
+    for number, question in enumerate(questions, 1):
+        found = turn_faults(_turns(question), control)
+        faults += [_numbered(number, fault) for fault in found]
+        if found or positions is None:
+            continue
+        system = shared_system_prompt([contracts[name] for name, _ in parse_adapter(question.adapter)])
+        trained = [Message("system", system)] if system and question.system is None else []
+        try:
+            tokens = len(render_prompt([*trained, *_turns(question)], tokenizer))
+        except QloraKitError as error:
+            raise type(error).of([_numbered(number, fault) for fault in error.faults]) from None
+        fault = prompt_length_fault(tokens, positions)
+        faults += [] if fault is None else [_numbered(number, fault)]
     if faults:
         raise ConfigError.of(faults, at_most=20)
 
@@ -137,6 +165,9 @@ def _finished(index: int, handle: Handle, questions: Sequence[Question]) -> Answ
     try:
         answer = handle.result()
     except QloraKitError as error:
-        faults = [Fault(f"prompt {index + 1}: {fault.what}", fault.expected, fault.fix) for fault in error.faults]
-        raise type(error).of(faults) from None
+        raise type(error).of([_numbered(index + 1, fault) for fault in error.faults]) from None
     return AnsweredRow(index, questions[index], answer)
+
+
+def _numbered(number: int, fault: Fault) -> Fault:
+    return Fault(f"prompt {number}: {fault.what}", fault.expected, fault.fix)

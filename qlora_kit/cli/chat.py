@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
-from qlora_kit.cli.engine import open_engine
+from qlora_kit.cli.engine import plan_engine
 from qlora_kit.cli.output import say
 from qlora_kit.cli.sampling import (
     AdapterOption,
@@ -25,10 +25,11 @@ from qlora_kit.cli.sampling import (
     TopPOption,
     sampling_of,
 )
-from qlora_kit.errors import QloraKitError
+from qlora_kit.errors import ConfigError, QloraKitError
 
 if TYPE_CHECKING:
     from qlora_kit.chat import ChatSession, Command
+    from qlora_kit.cli.engine import EnginePlan
 
 
 def chat(
@@ -55,11 +56,13 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    plan = plan_engine(base, (adapter,) if adapter else (), store)
+    if system is not None:
+        _require_text(system, plan)
     say("loading the base")
-    engine = open_engine(base, (adapter,) if adapter else (), store)
     from qlora_kit.chat import ChatSession
 
-    with engine:
+    with plan.open() as engine:
         session = ChatSession(engine, sampling=sampling, fixed_limit=max_new_tokens is not None)
         if adapter is not None:
             session.use(adapter)
@@ -70,6 +73,16 @@ def chat(
         for line in _lines(session):
             if not _heed(session, line):
                 break
+
+
+def _require_text(system: str, plan: EnginePlan) -> None:
+    from qlora_kit.conversation import Message, control_pattern, turn_faults
+    from qlora_kit.data.chat import control_tokens
+    from qlora_kit.models import load_tokenizer
+
+    faults = turn_faults([Message("system", system)], control_pattern(control_tokens(load_tokenizer(plan.ref))))
+    if faults:
+        raise ConfigError.of(faults)
 
 
 def _lines(session: ChatSession) -> Iterator[str]:

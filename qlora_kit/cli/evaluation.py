@@ -8,7 +8,7 @@ import typer
 
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
-from qlora_kit.cli.engine import open_engine
+from qlora_kit.cli.engine import plan_engine
 from qlora_kit.cli.output import JsonOption, counting, print_json, say, stdout_console
 from qlora_kit.cli.sampling import BaseOption
 
@@ -50,8 +50,9 @@ def evaluate(
         configs={},
         include_base=True,
     )
+    planned = plan_engine(base, adapter or (), store)
     say("loading the base")
-    engine = open_engine(base, adapter or (), store)
+    engine = planned.open()
     with counting("scoring") as bar:
 
         def show(label: str, done: int, total: int) -> None:

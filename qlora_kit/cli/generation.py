@@ -10,7 +10,7 @@ import typer
 
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
-from qlora_kit.cli.engine import open_engine
+from qlora_kit.cli.engine import plan_engine
 from qlora_kit.cli.output import JsonOption, counting, print_json, say
 from qlora_kit.cli.sampling import (
     AdapterOption,
@@ -62,7 +62,9 @@ def generate(
     json: JsonOption = False,
 ) -> None:
     """Answer a prompt, or each prompt of a file (JSONL, on stdout or in the file of --out)."""
-    from qlora_kit.batch import require_new_file, require_texts
+    from qlora_kit.base_files import read_model_config
+    from qlora_kit.batch import require_new_file, require_prompts
+    from qlora_kit.models import load_tokenizer
 
     if out is None and overwrite:
         what = "--overwrite is given without --out"
@@ -80,8 +82,10 @@ def generate(
         seed=seed,
     )
     mixes = list(dict.fromkeys(question.adapter for question in questions if question.adapter is not None))
-    with open_engine(base, mixes, store) as engine:
-        require_texts(engine, questions)
+    plan = plan_engine(base, mixes, store)
+    positions = read_model_config(plan.ref).get("max_position_embeddings")
+    require_prompts(questions, plan.contracts, load_tokenizer(plan.ref), positions=positions)
+    with plan.open() as engine:
         questions = _loaded(engine, questions)
         _tell_other_system_prompts(engine, questions)
         if out is not None:

@@ -13,9 +13,10 @@ from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.engine import open_store_engine
 from qlora_kit.cli.generation import BaseOption
-from qlora_kit.cli.output import JsonOption, print_json, say
+from qlora_kit.cli.output import JsonOption, in_units, print_json, say
 from qlora_kit.errors import ConfigError
 from qlora_kit.server.settings import KEY_VARIABLE, SHORT_KEY_CHARACTERS, ServerSettings, listen
+from qlora_kit.units import parse_size
 
 if TYPE_CHECKING:
     from qlora_kit.server.served_models import ServedModels
@@ -40,6 +41,10 @@ def serve(
     max_batch: Annotated[
         int, typer.Option(min=1, max=1024, help="Answers generated at once.")
     ] = ServerSettings.max_running,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For keys and values, such as 4GiB; else a share of what is free."),
+    ] = None,
     max_queue: Annotated[
         int, typer.Option(min=0, max=1024, help="Answers that may wait; more get 429.")
     ] = ServerSettings.max_waiting,
@@ -52,6 +57,7 @@ def serve(
     json: JsonOption = False,
 ) -> None:
     """Serve the base and every adapter of the store, until Ctrl-C or SIGTERM."""
+    kv_bytes = _kv_bytes(kv_memory)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -70,14 +76,24 @@ def serve(
         if not store.is_dir():
             say(f"{store}: there is no such folder yet; adapters that `adapters add` puts there will be served")
         say(f"loading the base and the adapters in {store}")
-        engine = open_store_engine(base, store, max_batch=max_batch)
+        engine = open_store_engine(base, store, max_batch=max_batch, kv_bytes=kv_bytes)
+        budget = engine.stats().kv_budget_bytes
+        say(f"keys and values of all requests may take {in_units(budget)} (--kv-memory)")
         _log_what_happens()
         from qlora_kit.server.serving import serve_engine
 
-        stop = serve_engine(engine, settings, listener, lambda models: _tell(url, models, json=json))
+        stop = serve_engine(engine, settings, listener, lambda models: _tell(url, models, budget, json=json))
     if stop.cut:
         say(f"{stop.cut} answers were cut off: they took longer than --drain {drain}")
         raise typer.Exit(128 + (stop.signal or 0))
+
+
+def _kv_bytes(text: str | None) -> int | None:
+    size_bytes = None if text is None else parse_size(text)
+    if text is not None and size_bytes is None:
+        fix = "correct it, or leave it out: then a share of what is free"
+        raise ConfigError(f"--kv-memory is {text!r}", expected="a size such as 4GiB or 500MB", fix=fix)
+    return size_bytes
 
 
 def _key(given: str | None, file: Path | None) -> str | None:
@@ -109,9 +125,9 @@ def _log_what_happens() -> None:
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
 
 
-def _tell(url: str, models: ServedModels, *, json: bool) -> None:
+def _tell(url: str, models: ServedModels, kv_budget_bytes: int, *, json: bool) -> None:
     adapters = list(models.adapters)
     if json:
-        print_json({"url": url, "base": models.base, "adapters": adapters})
+        print_json({"url": url, "base": models.base, "adapters": adapters, "kv_budget_bytes": kv_budget_bytes})
     served = f"{models.base} and {len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
     say(f"{url}  serves {served}: open it to try them; the API is at {url}/v1; Ctrl-C ends it")

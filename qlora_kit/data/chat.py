@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.conversation import Message
 from qlora_kit.data.cutting import LINE_BREAK, TurnFormat, cut_texts, tokenize_cuts
 from qlora_kit.data.rendering import render_texts
-from qlora_kit.errors import BaseModelError, DataError
+from qlora_kit.errors import BaseModelError, DataError, Fault
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,14 @@ def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
         DataError: The template refuses the conversation.
     """
     return render_prompts([messages], tokenizer)[0]
+
+
+def prompt_length_fault(tokens: int, positions: int) -> Fault | None:
+    """Why a base of so many ``positions`` cannot answer a prompt of ``tokens``; None if it can."""
+    if tokens < positions:
+        return None
+    expected = f"less than the base's {positions} positions, with room for an answer"
+    return Fault(f"the prompt is {tokens} tokens long", expected, "shorten the conversation")
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

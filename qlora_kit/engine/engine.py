@@ -54,6 +54,8 @@ class Engine:
         device: torch.device | None = None,
         max_batch: int = 32,
         slots: int = 16,
+        kv_bytes: int | None = None,
+        compile_backend: str | None = None,
     ) -> None:
         """Load the base and its tokenizer.
 
@@ -66,10 +68,15 @@ class Engine:
             device: None for the GPU where there is one.
             max_batch: Requests in the batch at most.
             slots: Adapters in device memory at most; the others are in host memory, or only registered in the store.
+            kv_bytes: Memory for keys and values at most, those of known prompts included; None for a share of what is
+                free behind the base: 0.7 of a GPU's memory, or half of the host's. A request joins the batch when
+                it fits with its longest answer.
+            compile_backend: Backend of ``torch.compile`` (``inductor``) for decode steps of the rows that share a
+                batch; each new size of the batch is compiled when it is first met. None for none.
 
         Raises:
             BaseModelError: The base cannot be found or loaded, or is quantized already in another way.
-            ConfigError: ``max_batch`` or ``slots`` is out of bounds.
+            ConfigError: ``max_batch``, ``slots`` or ``kv_bytes`` is out of bounds, or there is no such backend.
         """
         for name, value in (("max_batch", max_batch), ("slots", slots)):
             if not 1 <= value <= 4096:
@@ -83,7 +90,13 @@ class Engine:
         self._base = base_modules(self.model)
         self._facts = base_facts(self.ref, self.tokenizer, quantization_facts(self.quantization, self.model))
         self._scheduler = Scheduler(
-            self.model, self.tokenizer, stop_token_ids=self.stop_token_ids, max_batch=max_batch, slots=slots
+            self.model,
+            self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            max_batch=max_batch,
+            slots=slots,
+            kv_bytes=kv_bytes,
+            compile_backend=compile_backend,
         )
         self._loaded = LoadedAdapters(self.store, self._require_fit, attach=self._attach, drop=self._scheduler.drop)
         self._entrance = Entrance(self.model, self.tokenizer, self._loaded)
@@ -309,5 +322,7 @@ class Engine:
             prompt_tokens=scheduler.prompt_tokens,
             prompt_tokens_reused=scheduler.prompt_tokens_reused,
             prefix_bytes=scheduler.prefixes.bytes,
+            kv_bytes=scheduler.kv_bytes,
+            kv_budget_bytes=scheduler.kv_budget_bytes,
             bank_bytes=scheduler.bank.bytes,
         )

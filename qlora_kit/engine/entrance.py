@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qlora_kit.adapters.mixing import parse_adapter
-from qlora_kit.conversation import Message, control_pattern, text_fault
-from qlora_kit.data.chat import control_tokens, render_prompts
-from qlora_kit.engine.loaded import LoadedAdapters, longest_answer, shared_system_prompt
+from qlora_kit.adapters.mixing import parse_adapter, shared_system_prompt
+from qlora_kit.conversation import Message, control_pattern, turn_faults
+from qlora_kit.data.chat import control_tokens, prompt_length_fault, render_prompts
+from qlora_kit.engine.loaded import LoadedAdapters, longest_answer
 from qlora_kit.engine.requests import Handle, Request
 from qlora_kit.engine.row import Parts, Row
 from qlora_kit.errors import AdapterError, ConfigError, Fault
@@ -40,7 +40,7 @@ class Entrance:
         through_peft = [part.name for part, weight in parts if part.peft_slot is not None]
         if through_peft and (len(parts) > 1 or parts[0][1] != 1.0):
             raise AdapterError(
-                f"{adapter!r}: {through_peft[0]} is more than LoRA pairs (DoRA, saved modules or trained tokens)",
+                f"{adapter!r}: {through_peft[0]} is more than LoRA pairs (DoRA, biases, saved modules, trained tokens)",
                 expected="adapters of LoRA pairs alone, where they are scaled or summed",
                 fix=f"ask for {through_peft[0]} by itself",
             )
@@ -70,11 +70,7 @@ class Entrance:
 
     def text_faults(self, conversation: Sequence[Message]) -> list[Fault]:
         """Turns whose text would end the turn and open another (``<|im_end|>``), or is no text."""
-        faults = [
-            text_fault(f"turn {number} ({turn.role})", turn.content, self._control)
-            for number, turn in enumerate(conversation, 1)
-        ]
-        return [fault for fault in faults if fault is not None]
+        return turn_faults(conversation, self._control)
 
     def row(self, request: Request, prompt_ids: tuple[int, ...], handle: Handle) -> Row:
         """The row of a request whose prompt is rendered.
@@ -97,17 +93,13 @@ class Entrance:
     def _with_system(self, request: Request) -> list[Message]:
         """The conversation with the adapter's trained system prompt, unless it brings its own."""
         turns = list(request.conversation)
-        adapters = [part for part, _ in self.parts(request.adapter).adapters]
-        prompt = shared_system_prompt(adapters) if adapters else None
+        prompt = shared_system_prompt([part.contract for part, _ in self.parts(request.adapter).adapters])
         return turns if not prompt or turns[0].role == "system" else [Message("system", prompt), *turns]
 
     def _require_prompt(self, prompt_ids: tuple[int, ...]) -> None:
-        if len(prompt_ids) >= self._max_length:
-            raise ConfigError(
-                f"the prompt is {len(prompt_ids)} tokens long",
-                expected=f"less than the base's {self._max_length} positions, with room for an answer",
-                fix="shorten the conversation",
-            )
+        fault = prompt_length_fault(len(prompt_ids), self._max_length)
+        if fault is not None:
+            raise ConfigError.of([fault])
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < self._vocabulary:
             what = f"the prompt holds token ids from {min(prompt_ids)} to {max(prompt_ids)}"
             raise ConfigError(

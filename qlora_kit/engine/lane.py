@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_kit.engine.row import Row
-from qlora_kit.generation.kv_rows import KvRows
+from qlora_kit.generation.kv_rows import KvRows, columns_for
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +41,35 @@ class Lane:
         group, self.entering = self.entering[:size], self.entering[size:]
         return group
 
-    def prepare(self, group: list[Row]) -> list[tuple[int, ...]]:
-        """Make room for the group behind the rows, with the prefixes that are known; the tokens to feed now."""
+    def bytes_with(self, row: Row | None) -> int:
+        """Memory of a block that holds every row of the lane, and ``row``, each with its longest answer."""
+        rows = [*self.all_rows(), *([] if row is None else [row])]
+        columns = columns_for(max((one.final_length for one in rows), default=0))
+        return len(rows) * columns * self.kv.token_bytes
+
+    @property
+    def granted_bytes(self) -> int:
+        """What the lane's rows may come to."""
+        return self.bytes_with(None)
+
+    def shrink(self) -> None:
+        """Give back the memory that no row has tokens in."""
+        held = self._held_rows()
+        if held:
+            self.kv.resize(len(held), columns_for(max(row.length for row in held)))
+        else:
+            self.kv.release()
+
+    def prepare(self, group: list[Row], room_bytes: int) -> list[tuple[int, ...]]:
+        """Make room for the group behind the rows, with the prefixes that are known; the tokens to feed now.
+
+        Args:
+            group: What ``next_group`` gave.
+            room_bytes: How large the block may be with room to spare.
+        """
         first, chunk = len(self.rows), PREFILL_TOKENS // len(group)
-        self.kv.reserve(first + len(group), max(len(row.prompt_ids) for row in group))
+        length = max(len(row.prompt_ids) for row in group)
+        self._reserve(first + len(group), length, room_bytes)
         if self.reading is None:
             for place, row in enumerate(group):
                 if row.prefix is not None:
@@ -63,6 +88,18 @@ class Lane:
         self.rows.extend(group)
         return True
 
+    def make_room(self, room_bytes: int) -> None:
+        """One more token for each row under way; ``room_bytes`` as in ``prepare``."""
+        self._reserve(len(self._held_rows()), max(row.length for row in self.rows) + 1, room_bytes)
+
+    def _reserve(self, rows: int, length: int, room_bytes: int) -> None:
+        longest = max((row.length for row in self._held_rows()), default=0)
+        self.kv.reserve(rows, max(length, longest), most_bytes=room_bytes)
+
+    def _held_rows(self) -> list[Row]:
+        """Those with places in the block, in their order."""
+        return [*self.rows, *([] if self.reading is None else [self.reading])]
+
     def remove(self, place: int) -> Row:
         """Take the row at ``place`` out; the last one takes its place."""
         row, last = self.rows[place], len(self.rows) - 1
@@ -75,7 +112,7 @@ class Lane:
 
     def all_rows(self) -> list[Row]:
         """Every row of the lane."""
-        return [*self.rows, *self.entering, *([] if self.reading is None else [self.reading])]
+        return [*self._held_rows(), *self.entering]
 
 
 def _unread(row: Row) -> int:

@@ -176,12 +176,6 @@ class LoadedAdapters:
         return adapter
 
 
-def shared_system_prompt(adapters: Sequence[LoadedAdapter]) -> str | None:
-    """The system prompt that the adapters were trained with, where it is one and the same."""
-    prompts = {None if adapter.contract is None else adapter.contract.system_prompt for adapter in adapters}
-    return prompts.pop() if len(prompts) == 1 else None
-
-
 def longest_answer(adapters: Sequence[LoadedAdapter]) -> int | None:
     """The largest answer limit that the adapters' contracts record, in tokens."""
     contracts = [adapter.contract for adapter in adapters if adapter.contract is not None]

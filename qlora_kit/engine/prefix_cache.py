@@ -50,7 +50,11 @@ class PrefixCache:
             return
         self._rows[adapter, token_ids] = row
         self.bytes += row.bytes
-        while self.bytes > self._max_bytes:
+        self.shrink(self._max_bytes)
+
+    def shrink(self, most_bytes: int) -> None:
+        """Let rows go, the least recently used first, until ``most_bytes`` are left."""
+        while self._rows and self.bytes > most_bytes:
             self._remove(next(iter(self._rows)))
 
     def clear(self) -> None:

@@ -46,7 +46,11 @@ class Parts:
 
 
 class Row:
-    """The state of one request. ``length`` counts the tokens whose keys and values are there."""
+    """The state of one request.
+
+    ``length`` counts the tokens whose keys and values are there; ``final_length``, those of the prompt and the longest
+    answer.
+    """
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Row:
         self.prefix: tuple[StoredRow, int] | None = None
         self.token_ids: list[int] = []
         self._limit = min(sampling.max_new_tokens, max_length - len(prompt_ids))
+        self.final_length = len(prompt_ids) + self._limit
         self._text: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._choice: TokenChoice | None = None

@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import TYPE_CHECKING
 
+from qlora_kit.engine.compiled_decode import CompiledDecode
+from qlora_kit.engine.failures import no_memory, not_finite, out_of_memory
 from qlora_kit.engine.fair_lock import FairLock
+from qlora_kit.engine.kv_budget import KvBudget, automatic_kv_bytes
 from qlora_kit.engine.lane import Lane
 from qlora_kit.engine.loaded import LoadedAdapter
 from qlora_kit.engine.peft_path import PeftPath
@@ -39,6 +42,8 @@ class Scheduler:
         stop_token_ids: tuple[int, ...],
         max_batch: int,
         slots: int,
+        kv_bytes: int | None,
+        compile_backend: str | None,
     ) -> None:
         """Put the bank on the base.
 
@@ -48,6 +53,12 @@ class Scheduler:
             stop_token_ids: Tokens that end an answer.
             max_batch: Rows under way at most.
             slots: Adapters in device memory at most.
+            kv_bytes: Memory for keys and values at most; None for a share of what is free now.
+            compile_backend: As of ``Engine``.
+
+        Raises:
+            ConfigError: ``kv_bytes`` has no room for any request, or there is no such backend.
+            BaseModelError: The base cannot carry a bank, or is no plain attention model.
         """
         self.lock = FairLock()
         self.prefixes = PrefixCache()
@@ -58,12 +69,16 @@ class Scheduler:
         self.prompt_tokens_reused = 0
         self.requests_done = 0
         self._slots = SlotTable(self.bank)
+        self._compiled = None if compile_backend is None else CompiledDecode(model, self.bank, compile_backend)
         self._model = model
         self._tokenizer = tokenizer
         self._stops = frozenset(stop_token_ids)
         self._max_batch = max_batch
         self._waiting: deque[Row] = deque()
-        self._lanes: dict[str | None, Lane] = {None: Lane(model, None)}
+        bank_lane = Lane(model, None)
+        self._lanes: dict[str | None, Lane] = {None: bank_lane}
+        most_bytes = automatic_kv_bytes(model.device) if kv_bytes is None else kv_bytes
+        self._budget = KvBudget(most_bytes, bank_lane.kv.token_bytes, self.prefixes)
         self._peft_users: Counter[str] = Counter()
         self._dropped: set[str] = set()  # PEFT's names of adapters that go with their last row
 
@@ -84,12 +99,24 @@ class Scheduler:
         """Slots of the bank that hold an adapter, a scaled one, or a sum."""
         return self._slots.used
 
+    @property
+    def kv_bytes(self) -> int:
+        """Memory of the keys and values of rows under way."""
+        return sum(lane.kv.bytes for lane in list(self._lanes.values()))
+
+    @property
+    def kv_budget_bytes(self) -> int:
+        """What they and the stored prefixes may take together."""
+        return self._budget.most_bytes
+
     def submit(self, row: Row) -> None:
         """Let a row wait for its turn.
 
         Raises:
             AdapterError: Its adapter goes through PEFT, and was unloaded meanwhile.
+            ConfigError: Its keys and values can never fit.
         """
+        self._budget.require_possible(row)
         name = row.parts.peft_slot
         if name is not None:
             with self.lock:
@@ -146,10 +173,10 @@ class Scheduler:
                 self.peft.activate(lane.peft_slot)
                 self._read_prompts(lane)
                 self._decode(lane)
-                if not lane.count:
-                    lane.kv.release()
-                    if lane.peft_slot is not None:
-                        del self._lanes[lane.peft_slot]
+            for lane in [lane for lane in self._lanes.values() if not lane.count]:
+                lane.kv.release()
+                if lane.peft_slot is not None:
+                    del self._lanes[lane.peft_slot]
             return bool(busy)
 
     def fail_all(self, error: QloraKitError) -> None:
@@ -167,9 +194,13 @@ class Scheduler:
                 row.handle.fail(error)
 
     def _admit(self, at_most: int) -> None:
-        """Rows join in the order in which they came; one that finds no free slot keeps the others behind it."""
+        """Rows join in the order in which they came; one that finds no slot or memory keeps the others behind it."""
         while self._waiting and self.running < at_most:
             row = self._waiting[0]
+            name = row.parts.peft_slot
+            lane = self._lanes[name] if name in self._lanes else Lane(self._model, name)
+            if not self._budget.admits(row, lane, self._lanes.values()):
+                return
             if row.parts.adapters and row.parts.peft_slot is None:
                 slot = self._slots.acquire(row.parts.key, row.parts.factors)
                 if slot is None:
@@ -180,10 +211,8 @@ class Scheduler:
             row.prefix = self.prefixes.longest(row.parts.key, row.prompt_ids)
             self.prompt_tokens += len(row.prompt_ids)
             self.prompt_tokens_reused += 0 if row.prefix is None else row.prefix[1]
-            name = row.parts.peft_slot
-            if name not in self._lanes:
-                self._lanes[name] = Lane(self._model, name)
-            self._lanes[name].entering.append(row)
+            self._lanes[name] = lane
+            lane.entering.append(row)
 
     def _read_prompts(self, lane: Lane) -> None:
         group = lane.next_group()
@@ -191,13 +220,13 @@ class Scheduler:
             return
         first = len(lane.rows)
         try:
-            tokens = lane.prepare(group)
+            tokens = lane.prepare(group, self._budget.room(lane, self._lanes.values()))
             self._choose(group, keep=False)
             logits = lane.kv.forward(first, tokens, [row.length for row in group])
-        except _out_of_memory() as error:
+        except out_of_memory() as error:
             lane.reading = None
             for row in group:
-                self._fail(row, _no_memory(row, error))
+                self._fail(row, no_memory(row, error))
             return
         for row, fed in zip(group, tokens, strict=True):
             row.length += len(fed)
@@ -209,16 +238,23 @@ class Scheduler:
             return
         rows = lane.rows
         try:
-            lane.kv.reserve(len(rows) + (lane.reading is not None), max(row.length for row in rows) + 1)
-            self._choose(rows, keep=True)
-            logits = lane.kv.forward(0, [row.token_ids[-1:] for row in rows], [row.length for row in rows])
-        except _out_of_memory() as error:  # the newest row makes room for the others
+            lane.make_room(self._budget.room(lane, self._lanes.values()))
+            logits = self._next_logits(lane)
+        except out_of_memory() as error:  # the newest row makes room for the others
             row = lane.remove(len(rows) - 1)
-            self._fail(row, _no_memory(row, error))
+            self._fail(row, no_memory(row, error))
             return
         for row in rows:
             row.length += 1
         self._accept(lane, 0, logits)
+
+    def _next_logits(self, lane: Lane) -> torch.Tensor:
+        """What follows the last token of each row under way.  # (n, V)"""
+        tokens, starts = [row.token_ids[-1] for row in lane.rows], [row.length for row in lane.rows]
+        if self._compiled is not None and lane.peft_slot is None:
+            return self._compiled.logits(lane.kv, tokens, starts, slots=[row.slot for row in lane.rows])
+        self._choose(lane.rows, keep=True)
+        return lane.kv.forward(0, [[token] for token in tokens], starts)
 
     def _choose(self, rows: list[Row], *, keep: bool) -> None:
         slots = [row.slot for row in rows]
@@ -232,7 +268,7 @@ class Scheduler:
             row, at = lane.rows[place], place - first
             if not finite[at]:
                 lane.kv.clear(place)
-                self._fail(lane.remove(place), _not_finite(row))
+                self._fail(lane.remove(place), not_finite(row))
                 continue
             token, logprobs = row.next_token(logits[at], likeliest[at])
             is_stop = token in self._stops
@@ -247,6 +283,7 @@ class Scheduler:
             self.prefixes.put(key, ids, lane.kv.store(place, row.length))
         lane.remove(place)
         self._release(row)
+        self._budget.keep_prefixes(self._lanes.values())
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self._waiting if row.handle.is_cancelled]:
@@ -291,25 +328,3 @@ class Scheduler:
             self._dropped.discard(name)
             del self._peft_users[name]
             self.peft.detach(name)
-
-
-def _out_of_memory() -> type[Exception]:
-    import torch
-
-    return torch.OutOfMemoryError
-
-
-def _no_memory(row: Row, error: Exception) -> GuardError:
-    return GuardError(
-        f"memory ran out at {row.length} tokens of a request: {error}",
-        expected="room for the keys and values of every row under way",
-        fix="send fewer requests at once (max_batch), or shorter ones",
-    )
-
-
-def _not_finite(row: Row) -> GuardError:
-    return GuardError(
-        f"{'the base' if row.adapter is None else row.adapter}: the logits are not finite numbers",
-        expected="finite logits",
-        fix="check the adapter's weights with `qlora-kit adapters show`, or lower its scale",
-    )

@@ -19,6 +19,8 @@ class EngineStats:
         prompt_tokens: Of all requests that joined.
         prompt_tokens_reused: Those of them whose keys and values were there already.
         prefix_bytes: What is kept for that.
+        kv_bytes: Memory of the keys and values of requests under way.
+        kv_budget_bytes: What those two may come to; requests that would exceed it wait.
         bank_bytes: Device memory of the slots.
     """
 
@@ -31,4 +33,6 @@ class EngineStats:
     prompt_tokens: int
     prompt_tokens_reused: int
     prefix_bytes: int
+    kv_bytes: int
+    kv_budget_bytes: int
     bank_bytes: int

@@ -6,7 +6,7 @@ own; what lies further right is never attended to. The last column takes what pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,11 @@ from qlora_kit.errors import BaseModelError
 
 COLUMNS = 64
 """Blocks grow by multiples of this many tokens."""
+
+
+def columns_for(length: int) -> int:
+    """Columns of a block whose longest row has ``length`` tokens; the last one is for padding."""
+    return -(-(length + 1) // COLUMNS) * COLUMNS
 
 
 @dataclass(frozen=True)
@@ -117,23 +122,44 @@ class KvRows:
         self._cache = Cache(layers=list(self._layers))
         self.size = (0, 0)  # rows, columns
         self.step: _Step | None = None
+        heads = settings.get("num_key_value_heads") or config.num_attention_heads
+        width = settings.get("head_dim") or config.hidden_size // config.num_attention_heads
+        self.token_bytes: int = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
-    def reserve(self, rows: int, length: int) -> None:
-        """Make room for ``rows`` rows of ``length`` tokens; what is there stays."""
+    @property
+    def bytes(self) -> int:
+        """Memory of the block."""
+        rows, columns = self.size
+        return rows * columns * self.token_bytes
+
+    def reserve(self, rows: int, length: int, *, most_bytes: int) -> None:
+        """Make room for ``rows`` rows of ``length`` tokens, and for more to come; what they hold stays.
+
+        Args:
+            rows: All that hold tokens, and those to come.
+            length: The longest of them.
+            most_bytes: Room for more is left out where the block would then be larger.
+        """
         held_rows, held_columns = self.size
         if rows <= held_rows and length < held_columns:
             return
         if rows > held_rows:
             held_rows = max(rows, 2 * held_rows)
         if length >= held_columns:
-            held_columns = -(-(max(length, held_columns + held_columns // 2) + 1) // COLUMNS) * COLUMNS
-        self.size = (held_rows, held_columns)
+            held_columns = columns_for(max(length, held_columns + held_columns // 2))
+        spared = held_rows * held_columns * self.token_bytes
+        self.resize(*((held_rows, held_columns) if spared <= most_bytes else (rows, columns_for(length))))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the block this size; what lies in it of the first rows and columns stays."""
+        self.size = (rows, columns)
         for layer in self._layers:
             for name in ("keys", "values"):
                 old: torch.Tensor | None = vars(layer)[name]
                 if old is not None:
-                    new = old.new_zeros(held_rows, old.shape[1], held_columns, old.shape[3])
-                    new[: old.shape[0], :, : old.shape[2]] = old
+                    new = old.new_zeros(rows, old.shape[1], columns, old.shape[3])
+                    part = old[:rows, :, :columns]
+                    new[: part.shape[0], :, : part.shape[2]] = part
                     setattr(layer, name, new)
 
     def release(self) -> None:
@@ -194,6 +220,38 @@ class KvRows:
         dtype = self._model.dtype
         mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
         return mask.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]
+
+    def decode(self, compiled: Callable[..., Any], tokens: Sequence[int], starts: Sequence[int]) -> torch.Tensor:
+        """One token for each of the first rows; every place and column takes part, so that only ``size`` is a shape.
+
+        Args:
+            compiled: The model, compiled for shapes that stay.
+            tokens: The new token of each row.
+            starts: How many tokens each row has.
+
+        Returns:
+            The logits behind each token, fp32.  # (n, V)
+        """
+        device, (rows, columns) = self._model.device, self.size
+        idle = rows - len(tokens)  # they write into the last column and look at column 0 alone
+        ids = torch.tensor([*tokens, *[0] * idle], device=device)[:, None]  # (rows, 1)
+        positions = torch.tensor([*starts, *[0] * idle], device=device)[:, None]
+        written = torch.tensor([*starts, *[columns - 1] * idle], device=device)[:, None]
+        self.step = _Step(0, rows, written, columns)
+        try:
+            with torch.inference_mode():
+                output = compiled(
+                    input_ids=ids,
+                    attention_mask=self._masks(positions, columns),
+                    position_ids=positions,
+                    past_key_values=self._cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                # A copy: a CUDA graph writes over its output in the next step.
+                return output.logits[: len(tokens), -1].to(torch.float32, copy=True)
+        finally:
+            self.step = None
 
     def move(self, source: int, target: int, length: int) -> None:
         """Row ``source`` takes the place of row ``target``."""

@@ -32,6 +32,8 @@ class LoraBank:
         """
         self.slots = slots
         self._kept: Choice | None = None
+        self._index: torch.Tensor | None = None
+        self._device = next(model.parameters()).device
         self._held = 1  # slots that have memory; the first is the base's
         shapes = install(model)
         self._groups = _grouped(shapes)
@@ -77,6 +79,26 @@ class LoraBank:
             self._kept = choice if keep else self._kept
         for group in self._groups:
             group.choose(choice)
+
+    def choose_by_index(self, rows: Sequence[int], *, places: int) -> None:
+        """As ``choose``, by a tensor in one place, so that a compiled pass may be used again for other rows.
+
+        Args:
+            rows: One slot for each row.
+            places: Rows of the pass; those behind ``rows`` get the base.
+        """
+        import torch
+
+        self.choose(None)
+        if not any(rows):
+            return
+        slots = torch.tensor([*rows, *[BASE_SLOT] * (places - len(rows))])
+        if self._index is None or len(self._index) != places:
+            self._index = slots.to(self._device)
+        else:
+            self._index.copy_(slots)
+        for group in self._groups:
+            group.index = self._index
 
     @property
     def bytes(self) -> int:

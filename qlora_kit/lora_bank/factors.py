@@ -39,7 +39,7 @@ class LoraFactors:
 
 
 def can_be_banked(files: AdapterFiles) -> bool:
-    """Whether an adapter is LoRA pairs and nothing else; DoRA, saved modules and trained tokens need PEFT itself."""
+    """Whether an adapter is LoRA pairs and nothing else; DoRA, biases, saved modules and trained tokens need PEFT."""
     return not files.config.use_dora and not files.extra_tensors and not files.base_tensors
 
 

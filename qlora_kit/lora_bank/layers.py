@@ -51,11 +51,13 @@ class SharedInput:
     Attributes:
         names: The layers' names in the base, in the order in which they are called.
         choice: Which slots the next forward pass uses; None for the base.
+        index: The rows' slots in place of ``choice``, for a compiled pass; None elsewhere.
     """
 
     def __init__(self, layers: Mapping[str, torch.nn.Linear]) -> None:
         self.names = tuple(layers)
         self.choice: Choice | None = None
+        self.index: torch.Tensor | None = None
         first = next(iter(layers.values()))
         self._in_features = first.in_features
         self._out_features = tuple(layer.out_features for layer in layers.values())
@@ -120,7 +122,7 @@ class SharedInput:
 
     def choose(self, choice: Choice | None) -> None:
         """Which slots the next forward passes use; None for the base."""
-        self.choice = choice
+        self.choice, self.index = choice, None
         self._picked = None if choice is None else choice.kept.get(id(self))
         self._alone = None if self._picked is None or self._last > 0 else self._picked[1][0]
         self._input, self._changes = None, ()
@@ -133,6 +135,8 @@ class SharedInput:
             x: Its input.  # (B, T, in)
             out: The base's output.  # (B, T, out)
         """
+        if self.index is not None:
+            return self._add_indexed(position, x, out, self.index)
         if self._alone is not None and self._picked is not None:  # nothing to share: the short way
             return out.baddbmm_(torch.bmm(x, self._picked[0]), self._alone)
         if self._input is not x:
@@ -145,6 +149,14 @@ class SharedInput:
         if position == self._last:  # hold on to nothing
             self._input, self._changes = None, ()
         return out if change is None else out.baddbmm_(*change)
+
+    def _add_indexed(self, position: int, x: torch.Tensor, out: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """The rows' slots are a tensor that stays in its place: nothing here depends on what it holds."""
+        b = self._b[position]
+        if self._a is None or b is None:
+            return out
+        a = self._a[:, position * self._rank : (position + 1) * self._rank].index_select(0, index)  # (B, r, in)
+        return torch.baddbmm(out, torch.bmm(x, a.transpose(1, 2)), b.index_select(0, index))
 
     def _multiplied(self, x: torch.Tensor, choice: Choice) -> tuple[_Change | None, ...]:
         """The input times the rows' A's, all layers at once; for each layer with the B's to go on with."""
@@ -187,7 +199,7 @@ class BankedLinear(torch.nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = super().forward(x)
         group, position = self.seat
-        return out if group.choice is None else group.add(position, x, out)
+        return out if group.choice is None and group.index is None else group.add(position, x, out)
 
 
 class BankedLinear4bit(Linear4bit):
@@ -198,7 +210,7 @@ class BankedLinear4bit(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = super().forward(x)
         group, position = self.seat
-        return out if group.choice is None else group.add(position, x, out)
+        return out if group.choice is None and group.index is None else group.add(position, x, out)
 
 
 def install(model: torch.nn.Module) -> dict[str, BankedLinear | BankedLinear4bit]:

@@ -59,7 +59,7 @@ def check_answers(plan: MergePlan, folder: Path, rows: ValidationRows | str) -> 
     task = replace(rows.task, metrics=tuple(name for name in rows.task.metrics if name != PASS_AT_1))
     try:
         live = _live_scores(plan, examples, task, rows.batch_size)
-    except AdapterError as error:  # such as an adapter that brings biases of the base, which are not shared
+    except AdapterError as error:  # such as one with a head of more rows than the base's
         return MetricCheck(f"the adapter is not served beside others: {error.faults[0].what}")
     gc.collect()  # a model and its PEFT layers refer to each other
     model = load_base_model(BaseRef("merged", folder), QuantizationSection(load_in_4bit=False), device=_device(plan))

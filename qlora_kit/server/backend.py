@@ -65,4 +65,10 @@ class EngineBackend:
     def load_now(self) -> Load:
         """How busy the engine is."""
         stats = self._engine.stats()
-        return Load(stats.running, stats.waiting, alive=self._engine.is_started)
+        return Load(
+            stats.running,
+            stats.waiting,
+            alive=self._engine.is_started,
+            kv_bytes=stats.kv_bytes + stats.prefix_bytes,
+            kv_budget_bytes=stats.kv_budget_bytes,
+        )

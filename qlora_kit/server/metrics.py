@@ -5,6 +5,8 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
+from qlora_kit.server.protocol import Load
+
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
@@ -37,6 +39,8 @@ class ServerMetrics:
         self._gauges = {
             "running": Gauge("qlora_kit_answers_running", "Answers in the running batch", registry=self._registry),
             "waiting": Gauge("qlora_kit_answers_waiting", "Answers that wait for a place", registry=self._registry),
+            "kv_bytes": Gauge("qlora_kit_kv_bytes", "Memory of keys and values", registry=self._registry),
+            "kv_budget_bytes": Gauge("qlora_kit_kv_budget_bytes", "What they may take", registry=self._registry),
             "adapters": Gauge("qlora_kit_adapters", "Adapters that are served", registry=self._registry),
         }
 
@@ -45,8 +49,15 @@ class ServerMetrics:
         self.tokens.labels(model, "prompt").inc(prompt)
         self.tokens.labels(model, "completion").inc(completion)
 
-    def text(self, *, running: int, waiting: int, adapters: int) -> bytes:
+    def text(self, load: Load, *, adapters: int) -> bytes:
         """The whole exposition, with the figures of this moment."""
-        for name, value in (("running", running), ("waiting", waiting), ("adapters", adapters)):
+        now = {
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_bytes": load.kv_bytes,
+            "kv_budget_bytes": load.kv_budget_bytes,
+            "adapters": adapters,
+        }
+        for name, value in now.items():
             self._gauges[name].set(value)
         return generate_latest(self._registry)

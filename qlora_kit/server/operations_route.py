@@ -44,7 +44,7 @@ def operations_router(service: Service) -> APIRouter:
     async def metrics() -> Response:
         """Counters and gauges for Prometheus."""
         load = service.engine.load_now()
-        text = service.metrics.text(running=load.running, waiting=load.waiting, adapters=len(service.models.adapters))
+        text = service.metrics.text(load, adapters=len(service.models.adapters))
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     for path, (name, media_type) in PAGE_FILES.items():

@@ -12,11 +12,21 @@ from qlora_kit.generation import Sampling
 
 @dataclass(frozen=True)
 class Load:
-    """How busy an engine is: rows in the running batch, requests that wait for a place, and whether it still works."""
+    """How busy an engine is.
+
+    Attributes:
+        running: Rows in the running batch.
+        waiting: Requests that wait for a place.
+        alive: Whether it still works.
+        kv_bytes: Memory of keys and values, those of known prompts included.
+        kv_budget_bytes: What they may take.
+    """
 
     running: int
     waiting: int
     alive: bool = True
+    kv_bytes: int = 0
+    kv_budget_bytes: int = 0
 
 
 class RunningAnswer(Protocol):

@@ -12,10 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from live_server import LiveServer, serving
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from scripted_engine import wait_until
 from server_load import MAX_TOKENS, ROOT, Prompt, ask_all, reviews
 
@@ -91,7 +92,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     (store.root / "a-bad-one" / "adapter_model.safetensors").write_bytes(b"no tensors")
     (tmp_path / "key").write_text(f"{KEY}\n")
     command = [sys.executable, "-c", "from qlora_kit.cli import main; main()", "serve", "--store", str(store.root)]
-    command += ["--port", "0", "--api-key-file", str(tmp_path / "key"), "--json"]
+    command += ["--port", "0", "--api-key-file", str(tmp_path / "key"), "--kv-memory", "4MiB", "--json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
@@ -101,12 +102,16 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         line = process.stdout.readline()
         assert line, process.communicate()[1]
         ready = json.loads(line)
-        assert (ready["base"], ready["adapters"]) == ("tiny", ["first"])
+        assert (ready["base"], ready["adapters"], ready["kv_budget_bytes"]) == ("tiny", ["first"], 4 * 2**20)
         client = OpenAI(base_url=f"{ready['url']}/v1", api_key=KEY, max_retries=0)
         reply = client.chat.completions.create(
             model="first", messages=[{"role": "user", "content": "The soup was far from bad."}]
         )
         assert reply.choices[0].message.content == "positive"
+        with urlopen(Request(f"{ready['url']}/metrics", headers={"authorization": f"Bearer {KEY}"})) as metrics:
+            assert b"qlora_kit_kv_budget_bytes 4.194304e+06" in metrics.read()
+        with pytest.raises(BadRequestError, match=r"take \d.* of keys and values"):
+            client.completions.create(model="first", prompt="one two three", max_tokens=1000)
         store.add(ROOT / "adapters" / "translation", "second")
         wait_until(lambda: "second" in [model.id for model in client.models.list()], "the new adapter appears")
         reply = client.chat.completions.create(
@@ -127,6 +132,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--kv-memory", "many"], "--kv-memory is 'many'"),
         (["--host", "0.0.0.0"], "others on the network could use the server"),
         (["--api-key", "a b"], "a character that an HTTP header cannot carry"),
         (["--api-key-file", "missing"], "missing: the API key cannot be read"),

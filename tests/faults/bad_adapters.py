@@ -313,7 +313,9 @@ BAD_FOLDERS: dict[str, Callable[[Path], Any]] = {
 
 # What only the base shows to be wrong.
 MISFITS: dict[str, Callable[[Path], Any]] = {
-    "biases of the base": both({"bias": "all"}, for_each_layer("self_attn.q_proj.base_layer.bias", torch.ones(WIDTH))),
+    "biases of another width": both(
+        {"bias": "all"}, for_each_layer("self_attn.q_proj.base_layer.bias", torch.ones(WIDTH + 1))
+    ),
     "saved modules without tensors": lambda folder: change_config(folder, modules_to_save=["norm"]),
     "saved modules that the base lacks": lambda folder: change_config(folder, modules_to_save=["classifier"]),
     "saved copy of the whole model": lambda folder: change_config(folder, modules_to_save=["model"]),

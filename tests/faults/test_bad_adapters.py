@@ -206,7 +206,7 @@ def test_a_failure_inside_peft_leaves_no_trace(
         if where == "wrapping":
             fails_in_the_middle(patch, error)
         else:
-            patch.setattr("qlora_kit.adapter_loading._require_finite", fail)
+            patch.setattr("qlora_kit.adapter_loading.require_finite", fail)
         told = AdapterError if isinstance(error, ValueError) else type(error)
         with pytest.raises(told):
             engine.load(str(sound_dora))
