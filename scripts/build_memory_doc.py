@@ -34,6 +34,7 @@ QWEN2_5 = {
     "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
 }
 CARD_NAMES = ("RTX 4060", "RTX 3060", "RTX 4080", "Tesla T4", "RTX 4090", "RTX 5090", "L40S", "A100 80GB")
+HOST_CARDS = ("RTX 4060", "RTX 3060", "RTX 4080", "RTX 4090")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
 PLOTTED_CARDS = (8, 12, 16, 24, 48, 80)
 SPEED_CARDS = ("RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090", "A100 80GB", "H100")
@@ -56,7 +57,9 @@ def architecture_of(size: str) -> Architecture:
     return read_architecture(config, where=size)
 
 
-def run_of(size: str, *, length: int, checkpointing: bool = True, card: Card | None = None) -> Workload:
+def run_of(
+    size: str, *, length: int, checkpointing: bool = True, on_host: bool = False, card: Card | None = None
+) -> Workload:
     """QLoRA of all linear layers, one row at a time, 8-bit AdamW."""
     architecture = architecture_of(size)
     return Workload(
@@ -66,6 +69,7 @@ def run_of(size: str, *, length: int, checkpointing: bool = True, card: Card | N
         length=length,
         checkpointing=checkpointing,
         optim="paged_adamw_8bit",
+        embedding_on_host=on_host,
         flash=card is None or card.bf16,
     )
 
@@ -108,6 +112,23 @@ def longest() -> str:
     )
 
 
+def longest_on_host() -> str:
+    """The longest rows with checkpointing, with the embedding on the host, of the sizes whose head is not tied."""
+    sizes = [size for size in QWEN2_5 if not architecture_of(size).tied]
+
+    def cell(card: Card, size: str) -> str:
+        length = longest_length(run_of(size, length=1, on_host=True, card=card), card.free_bytes)
+        return f"{length:,}" if length else "-"
+
+    return table(
+        ["card", "GiB", *sizes],
+        (
+            [name, f"{CARDS[name].memory_bytes / GIB:.0f}", *(cell(CARDS[name], size) for size in sizes)]
+            for name in HOST_CARDS
+        ),
+    )
+
+
 def ceilings() -> str:
     """Tokens a second by card, 7B, 2,048 tokens."""
 
@@ -138,9 +159,8 @@ qlora-kit plan configs/qwen2.5-7b-24gb.yaml --gpu "RTX 4090"    # or --gpu 24GiB
 
 It says what each part takes, whether it fits, the longest `max_length`, and prints the lines to change. `train` makes
 the same comparison with the memory that is free and the longest row that there is, and refuses what cannot fit.
-`train.memory: auto` changes micro-batch, accumulation and checkpointing (of all, of some or of no layers) instead; the
-rows of a step stay the same.
-`train.memory: ignore` tries anyway.
+`train.memory: auto` changes micro-batch, accumulation, checkpointing (of all, of some or of no layers) and the place of
+the embedding instead; the rows of a step stay the same. `train.memory: ignore` tries anyway.
 
 ## Peak, in GiB: with checkpointing / without
 
@@ -155,6 +175,12 @@ rows of a step stay the same.
 `-`: the model does not fit. 32,768 is all that the models take. Of a T4 with error correction on, the driver shows only
 15 GiB: plan with `--gpu 15GiB`. It has no flash attention, so that attention takes the square of the length.
 
+With `train.embedding_on_host: true` the input embedding stays in host memory, and a micro-batch's rows are sent to the
+GPU: 1.0 GiB less at 7B, 1.5 GiB at 14B and 32B. (Smaller Qwen2.5 use it as head too: it is refused
+there, since nothing would be saved.) With checkpointing:
+
+{longest_on_host()}
+
 ## The most tokens a second, Qwen2.5-7B, rows of 2,048 tokens
 
 {ceilings()}
@@ -167,10 +193,12 @@ Operations over the data sheet's speed, and passes over the weights over its ban
 |---|---|
 | linear layers | 0.5159 a weight in NF4 with double quantization, 0.5625 without, 2 in 16 bits |
 | embedding, head, norms, biases | 2 a number; a tied head is the embedding |
+| embedding on the host | none, but while the base is loaded; its rows of a micro-batch are the first checkpoint |
 | adapter, gradients | 4 a trained number each: the kit's master weights are fp32 |
 | optimizer | 8 a trained number with `adamw_torch`, about 2 with the 8-bit ones; paged state may move to the host |
 | checkpoints | 2 · hidden size · checkpointed layers a token |
 | activations of a block | 211 kB a token at 7B, of every block that is not checkpointed |
+| the same, fused | 107 kB a token at 7B in 16 bits (`train.fast`; off on a GPU until it was run there), and no mask |
 | a mask | padded rows or packing: 2 a cell of length × length for each block; packed rows are one long sequence |
 | work of one block | gradients of the MLP's width and the largest weight dequantized, or the loss, whichever is more |
 | loss | one tile of logits, 4,096 × 32,768 (TRL's chunked loss), never all logits |

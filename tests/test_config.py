@@ -368,6 +368,7 @@ def test_declared_train_fields_are_sft_fields_and_free() -> None:
         "memory",
         "checkpointed_layers",
         "shard_base",
+        "embedding_on_host",
         "fast",
     }
     assert set(kit_fields()) == own

@@ -180,10 +180,11 @@ def test_the_longest_length_is_where_it_stops_fitting(qwen: Architecture) -> Non
     assert longest_length(run, 200 * GIB) == qwen.context_length
 
 
-@pytest.mark.parametrize("gib", [7, 8, 10, 16, 24, 48, 80])
-def test_the_fastest_is_what_trying_everything_finds(gib: int, qwen: Architecture) -> None:
+@pytest.mark.parametrize("gib", [6, 7, 8, 10, 16, 24, 48, 80])
+@pytest.mark.parametrize("movable", [False, True])
+def test_the_fastest_is_what_trying_everything_finds(gib: int, movable: bool, qwen: Architecture) -> None:
     card = Card("a card", gib * GIB, 100, 1000)
-    run = workload(qwen, batch_size=2, accumulation=4)
+    run = workload(qwen, batch_size=2, accumulation=4, embedding_is_movable=movable)
     best = fastest_that_fits(run, card, optimizers=("adamw_8bit",))
     tried = [
         run.with_(
@@ -192,8 +193,11 @@ def test_the_fastest_is_what_trying_everything_finds(gib: int, qwen: Architectur
             checkpointing=layers > 0,
             checkpointed_layers=layers if 0 < layers < 28 else None,
             optim=optim,
+            embedding_on_host=on_host,
         )
-        for rows, layers, optim in itertools.product((1, 2, 4, 8), range(29), ("adamw_torch", "adamw_8bit"))
+        for rows, layers, optim, on_host in itertools.product(
+            (1, 2, 4, 8), range(29), ("adamw_torch", "adamw_8bit"), (False, movable)
+        )
     ]
     speeds = [tokens_per_second(one, card) or 0 for one in tried if estimate(one).needed_bytes <= card.free_bytes]
     if best is None:
@@ -269,6 +273,25 @@ def test_a_split_base_takes_its_share_and_two_layers(qwen: Architecture) -> None
         assert held == pytest.approx(whole / processes + 2 * whole / 28, rel=1e-6)
         saved = estimate(run).allocated_bytes - estimate(run.with_(shards=processes)).allocated_bytes
         assert saved == whole - held
+
+
+def test_an_embedding_on_the_host_takes_none_of_the_card(qwen: Architecture) -> None:
+    run = workload(qwen, embedding_is_movable=True)
+    moved = run.with_(embedding_on_host=True)
+    rows = 2 * 152_064 * 3584
+    assert estimate(run).allocated_bytes - estimate(moved).allocated_bytes == rows
+    assert dict(estimate(moved).on_host) == {"embedding on the host": rows}
+    assert file_bytes(moved) == file_bytes(run)
+    assert tokens_per_second(moved, CARDS["RTX 4090"]) == pytest.approx(
+        tokens_per_second(run, CARDS["RTX 4090"]), rel=0.01
+    )
+    cpu = moved.with_(device="cpu")
+    assert estimate(cpu) == estimate(cpu.with_(embedding_on_host=False))
+    assert fastest_that_fits(cpu.with_(embedding_on_host=False), Card("a card", 80 * GIB)).embedding_on_host is False
+    short = estimate(moved.with_(length=1, optim="sgd"))  # it is on the card while the base is loaded
+    everything = estimate(run.with_(length=1, optim="sgd")).breakdown
+    loading = sum(everything[part] for part in ("linear layers", "embedding and head", "norms and biases"))
+    assert short.allocated_bytes == loading
 
 
 # --- checkpointing of some layers ---

@@ -18,8 +18,10 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_kit.architecture import read_architecture
 from qlora_kit.base_files import BaseRef
 from qlora_kit.config import LoraSection, QuantizationSection, load_config
+from qlora_kit.fast import PIECES, ScoredModel, fast_path
+from qlora_kit.fast.head import TILE_LOGITS
 from qlora_kit.four_bit import linear4bit_modules
-from qlora_kit.memory import activations, parts
+from qlora_kit.memory import activations, fused, parts
 from qlora_kit.memory.optimizers import optimizer_bytes
 from qlora_kit.memory.workload import Workload, lora_pairs, workload_of
 from qlora_kit.models import attach_lora, load_base_model
@@ -223,9 +225,47 @@ def test_saved_activations_of_some_checkpointed_layers_are_counted_exactly(
     assert activations.saved_bytes(workload) < activations.saved_bytes(workload.with_(checkpointing=False))
 
 
-def assert_exact(model: Any, workload: Workload) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("base", "changes", "checkpointing", "rows"),
+    [
+        ("qwen2", {}, False, 1),
+        ("qwen2", {}, False, 2),
+        ("qwen2", {}, True, 2),
+        ("qwen3", {"lora_dropout": 0.1, "rank_pattern": {"down_proj": 4}}, False, 2),
+        ("llama", {"lora_dropout": 0.1}, False, 1),
+        ("qwen2", {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]}, False, 2),
+    ],
+    ids=["one row", "padded rows", "checkpointed", "dropout", "no grouped heads", "attention alone"],
+)
+def test_what_the_fused_path_keeps_is_counted_exactly(
+    base: str,
+    changes: dict[str, Any],
+    checkpointing: bool,
+    rows: int,
+    dtype: str,
+    folders: dict[str, Path],
+    request: pytest.FixtureRequest,
+) -> None:
+    if dtype == "bfloat16":
+        request.getfixturevalue("as_on_a_gpu")
+    lora = LoraSection(r=8, **changes)
+    model, workload = prepare(folders[base], lora=lora, dtype=dtype, checkpointing=checkpointing)
+    plain = workload.with_(batch_size=rows, length=40)
+    with fast_path(model) as fast:
+        assert fast.head is not None
+        assert_exact(model, plain.with_(fast=True), scored=ScoredModel(model, fast.head))
+    assert activations.saved_bytes(plain.with_(fast=True)) < activations.saved_bytes(plain)
+    assert_exact(model, plain)
+
+
+def test_the_fused_heads_tile_is_as_large_as_the_plan_says() -> None:
+    assert fused.TILE_LOGITS == TILE_LOGITS
+
+
+def assert_exact(model: Any, workload: Workload, *, scored: Any = None) -> None:
     with counting_saved(model) as saved:
-        forward(model, workload)
+        forward(model if scored is None else scored, workload)
     predicted = activations.saved_bytes(workload)
     if workload.recomputed < len(workload.layers):  # checkpointed blocks' arguments hold them, out of the hooks' sight
         boolean_mask = workload.batch_size * workload.length**2 if workload.masked else 0  # SDPA keeps its own copy
@@ -237,8 +277,8 @@ def assert_exact(model: Any, workload: Workload) -> None:
 def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
     fast: str, layers: int, run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the libraries' own path to the byte; the plan does not know the fused path, which keeps less."""
-    counted: list[tuple[tuple[int, int], int]] = []
+    """To the byte; the fused path keeps something of supervised tokens alone, and the plan takes all as such."""
+    counted: list[tuple[tuple[int, int], int, int]] = []
     original = GuardedTrainer.compute_loss
 
     def count(self: GuardedTrainer, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
@@ -246,7 +286,7 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
         with counting_saved(model) as saved:
             loss = original(self, model, inputs, *args, **more)
         if model.training:
-            counted.append((shape, sum(saved.values())))
+            counted.append((shape, int((inputs["labels"][:, 1:] != -100).sum()), sum(saved.values())))
         return loss
 
     monkeypatch.setattr(GuardedTrainer, "compute_loss", count)
@@ -257,22 +297,27 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
     base_config = json.loads((random_base / "config.json").read_text())
     architecture = read_architecture(base_config, where="config.json")
     workload = workload_of(config, architecture, base_config=base_config, device="cpu")
-    ((rows, length), saved_bytes) = counted[0]
+    ((rows, length), supervised, saved_bytes) = counted[0]
+    assert 0 < supervised < rows * (length - 1)
     workload = workload.with_(batch_size=rows, length=length)
-    predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload) - rows * length**2
+    assert workload.fast is (fast == "auto")
+    predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload)
     if fast == "off":
-        assert saved_bytes == pytest.approx(predicted, abs=64)  # and the trainer's own scalars
+        predicted -= rows * length**2
     else:
-        assert saved_bytes < 0.6 * predicted
+        few = workload.with_(batch_size=1, length=supervised + 1)
+        predicted += fused.head_bytes(few) - fused.head_bytes(workload)
+    assert saved_bytes == pytest.approx(predicted, abs=64)  # and the trainer's own scalars
 
 
 # --- the peak ---
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("layers", [0, 1, 3], ids=["kept", "one checkpointed", "checkpointed"])
 def test_the_peak_of_a_pass_is_what_the_allocator_saw(
-    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: int, fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every allocation and release of one forward and backward pass, added up; the loss is made small beside them."""
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 64)
@@ -280,10 +325,12 @@ def test_the_peak_of_a_pass_is_what_the_allocator_saw(
     AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", **config)).save_pretrained(tmp_path)
     model, workload = prepare(tmp_path, lora=LoraSection(r=8), dtype="bfloat16", checkpointing=layers > 0)
     checkpoint_first_layers(model, layers)
-    workload = workload.with_(length=256, batch_size=1, checkpointed_layers=layers or None)
-    forward(model, workload).backward()  # gradients exist from here on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        forward(model, workload).backward()
+    workload = workload.with_(length=256, batch_size=1, checkpointed_layers=layers or None, fast=fast)
+    with fast_path(model, pieces=PIECES if fast else ()) as path:
+        scored = model if path.head is None else ScoredModel(model, path.head)
+        forward(scored, workload).backward()  # gradients exist from here on
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            forward(scored, workload).backward()
     assert profiled.profiler is not None
     events = profiled.profiler.kineto_results.events()
     live = peak = 0

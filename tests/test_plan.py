@@ -71,6 +71,28 @@ def test_pasted_lines_make_it_fit(plan: Callable[..., dict[str, Any]]) -> None:
         assert again["peak_bytes"] == suggestion["peak_bytes"]
 
 
+def test_no_suggestion_keeps_rows_longer_than_the_base_takes(plan: Callable[..., dict[str, Any]]) -> None:
+    for gpu in ("12GiB", "24GiB", "H200", "5GiB"):
+        content = plan("--gpu", gpu, "train.max_length=40000")
+        offered = [*content["suggestions"], *([content["smallest"]] if content["smallest"] else [])]
+        assert offered
+        assert all(suggestion["train"]["max_length"] <= 32_768 for suggestion in offered)
+
+
+def test_the_embedding_on_the_host_is_offered_and_its_line_counts(plan: Callable[..., dict[str, Any]]) -> None:
+    """A 7B model on a card of 6 GiB: with 1.09 GB less on it."""
+    content = plan("--gpu", "6GiB")
+    assert content["fits"] is False
+    assert all(suggestion["train"]["embedding_on_host"] is True for suggestion in content["suggestions"])
+    lines = yaml.safe_load(content["suggestions"][0]["yaml"])["train"]
+    again = plan("--gpu", "6GiB", *(f"train.{key}={json.dumps(value)}" for key, value in lines.items()))
+    assert again["fits"] is True
+    assert again["on_host"]["embedding on the host"] == 2 * 152_064 * 3584
+    assert again["breakdown"]["head"] == content["breakdown"]["embedding and head"] // 2
+    trained = plan("--gpu", "6GiB", "lora.modules_to_save=[embed_tokens]")
+    assert not any("embedding_on_host" in suggestion["train"] for suggestion in trained["suggestions"])
+
+
 def test_overrides_and_the_longest_length_hold(plan: Callable[..., dict[str, Any]]) -> None:
     longest = plan("--gpu", "12GiB")["longest_max_length"]
     assert plan("--gpu", "12GiB", f"train.max_length={longest}")["fits"] is True
@@ -88,16 +110,18 @@ def test_rows_longer_than_the_base_takes_are_told(plan: Callable[..., dict[str, 
 def test_where_nothing_fits_it_says_what_would(
     plan: Callable[..., dict[str, Any]], base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = plan("--gpu", "6GiB")
+    content = plan("--gpu", "5GiB")
     assert (content["fits"], content["suggestions"], content["longest_max_length"]) == (False, [], 0)
-    assert content["smallest"]["peak_bytes"] > 6 * GIB
+    assert content["smallest"]["peak_bytes"] > 5 * GIB
     again = plan(
-        "--gpu", content["smallest_card"], *(f"train.{k}={v}" for k, v in content["smallest"]["train"].items())
+        "--gpu",
+        content["smallest_card"],
+        *(f"train.{k}={json.dumps(v)}" for k, v in content["smallest"]["train"].items()),
     )
     assert again["fits"] is True
-    end(["plan", CONFIG, f"model.base={base}", "--gpu", "6GiB"], code=0)
+    end(["plan", CONFIG, f"model.base={base}", "--gpu", "5GiB"], code=0)
     text = capsys.readouterr().out
-    assert "nothing fits into 6.00 GiB" in text
+    assert "nothing fits into 5.00 GiB" in text
     assert f"what would do: {content['smallest_card']} (8.00 GiB) or larger, or a smaller base" in text
 
 

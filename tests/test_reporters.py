@@ -52,7 +52,8 @@ def test_a_missing_library_is_told_before_anything_is_read(
 
 def test_tensorboard_reads_the_losses_of_the_run(run_yaml: Path, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="the extra tensorboard is not installed"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed: it is in the extras dev and tensorboard",
     )
     folder = tmp_path / "run"
     result = train(load_config(run_yaml, [f"output_dir={folder}", "train.report_to=tensorboard", *SHORT]))
@@ -66,7 +67,7 @@ def test_tensorboard_reads_the_losses_of_the_run(run_yaml: Path, tmp_path: Path)
 def test_wandb_writes_one_run_into_the_run_folder(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wandb = pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: it is in the extras dev and wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
     train(load_config(run_yaml, ["output_dir=run", "train.report_to=wandb", *SHORT]))

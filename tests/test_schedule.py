@@ -115,7 +115,12 @@ def test_a_usual_schedule_is_left_alone(
     [
         ({"eval_steps": 5}, ["train.eval_steps=5 has no effect: train.eval_strategy is epoch; set"]),
         ({"save_steps": 5}, ["train.save_steps=5 has no effect: train.save_strategy is epoch; set"]),
-        ({"save_steps": 5, "save_strategy": "no"}, ["train.save_strategy is no; set train.save_strategy=steps"]),
+        (
+            {"save_steps": 5, "save_strategy": "no"},
+            ["train.save_strategy is no; set train.save_strategy=steps", "the last adapter is kept, not the best one"],
+        ),
+        ({"save_strategy": "no"}, ["train.save_strategy is no; set train.save_strategy=epoch, or train.load_best"]),
+        ({"save_strategy": "no", "load_best_model_at_end": False}, []),
         ({"save_steps": 50, "save_strategy": "steps"}, ["save_steps=50 is past the last step, 20: the run saves at"]),
         ({"eval_steps": 50, "eval_strategy": "steps"}, ["past the last step, 20: the run evaluates at its end alone"]),
         ({"eval_steps": 5, "eval_strategy": "steps"}, []),
@@ -137,6 +142,16 @@ def test_without_validation_rows_nothing_is_evaluated() -> None:
     section = TrainSection.model_validate({"eval_steps": 5, "eval_strategy": "steps"})
     (line,) = effectless(section, evaluates=False, steps=20)
     assert "no effect: there is no validation data; remove it" in line
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"), [("epoch", "there is no validation data"), ("no", "train.eval_strategy is no")]
+)
+def test_a_best_adapter_that_nothing_can_find_is_told_where_it_was_asked_for(strategy: str, why: str) -> None:
+    asked = TrainSection.model_validate({"load_best_model_at_end": True, "eval_strategy": strategy})
+    (line,) = effectless(asked, evaluates=False, steps=20)
+    assert line.startswith(f"train.load_best_model_at_end has no effect: {why}; ")
+    assert effectless(TrainSection(eval_strategy=strategy), evaluates=False, steps=20) == []
 
 
 def test_the_run_tells_it(run_yaml: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -391,9 +391,10 @@ def test_what_cannot_run_is_refused_before_the_base_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
-def test_paging_on_a_cpu_is_told(start_run: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has paged memory")
+def test_paging_on_a_cpu_is_told(
+    start_run: Callable[..., TrainResult], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     start_run("train.optim=paged_adamw_8bit", "train.max_steps=1", *NO_VALIDATION)
     assert "no paged memory on the CPU" in caplog.text
 

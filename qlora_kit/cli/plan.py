@@ -92,8 +92,8 @@ def _show_parts(console: Console, plan: Plan) -> None:
     for part, size in plan.estimate.breakdown.items():
         bar = "█" * round(BAR_CELLS * size / whole) or ("▏" if size else "")
         console.print(f"{part:<28}{in_units(size):>11}  {bar}", markup=False)
-    if plan.estimate.host_bytes:
-        console.print(f"{'optimizer, may move to host':<28}{in_units(plan.estimate.host_bytes):>11}", markup=False)
+    for part, size in plan.estimate.on_host.items():
+        console.print(f"{part:<28}{in_units(size):>11}", markup=False)
 
 
 def _length(plan: Plan) -> str:

@@ -125,6 +125,8 @@ class TrainSection(BaseModel):
     """With ``gradient_checkpointing``: how many layers, from the first on, do that; null: all."""
     shard_base: bool = False
     """With several processes (``accelerate launch``): each holds its share of the frozen base, by FSDP."""
+    embedding_on_host: bool = False
+    """Keep the frozen input embedding in host memory and send its rows to the GPU; for bases with an untied head."""
     memory: Literal["check", "auto", "ignore"] = "check"
     """What to do with the plan of memory: ``check`` refuses what cannot fit, ``auto`` changes micro-batch, accumulation
     and checkpointing to the fastest that fits, ``ignore`` tries anyway."""

@@ -1,11 +1,13 @@
 """Bytes of a forward and backward pass: what autograd keeps for each block, and what is made and dropped meanwhile.
 
 ``e`` is the size of a number in the forward pass. The formulas follow what transformers' blocks, PEFT's ``Linear4bit``
-and TRL's chunked loss save; tests count them with ``saved_tensors_hooks``.
+and TRL's chunked loss save, and ``fused`` where the kit's own layers stand in their place; tests count them with
+``saved_tensors_hooks``.
 """
 
 from __future__ import annotations
 
+from qlora_kit.memory import fused
 from qlora_kit.memory.optimizers import FP32_BYTES
 from qlora_kit.memory.parts import largest_linear
 from qlora_kit.memory.workload import Pair, Workload
@@ -38,14 +40,18 @@ def block_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradie
         input_has_gradient: False for the first block where that is not checkpointed. Nothing there is kept for the
             gradient of its input: not the first norm's, not what its first three pairs would need.
     """
-    norms = 2 if input_has_gradient else 1
-    return (
-        norms * _norm_bytes(workload)
-        + _attention_bytes(workload)
-        + _mlp_bytes(workload)
-        + _lora_bytes(workload, pairs, input_has_gradient=input_has_gradient)
-        + _cast_bytes(workload, pairs, input_has_gradient=input_has_gradient)
-    )
+    if fused.is_fused(workload, pairs, fused.ATTENTION):
+        attention = fused.attention_bytes(workload, pairs)
+    else:
+        chosen = tuple(pair for pair in pairs if pair.module in fused.ATTENTION)
+        attention = _norm_bytes(workload) if input_has_gradient else 0
+        attention += _pair_bytes(workload, chosen, input_has_gradient=input_has_gradient)
+    if fused.is_fused(workload, pairs, fused.MLP):
+        mlp = fused.mlp_bytes(workload, pairs)
+    else:
+        chosen = tuple(pair for pair in pairs if pair.module in fused.MLP)
+        mlp = _norm_bytes(workload) + _mlp_bytes(workload) + _pair_bytes(workload, chosen)
+    return attention + _attention_bytes(workload) + mlp
 
 
 def saved_bytes(workload: Workload) -> int:
@@ -65,6 +71,8 @@ def whole_blocks_bytes(workload: Workload) -> int:
 
 def head_bytes(workload: Workload) -> int:
     """The last norm, and of each supervised position its hidden state, label and two fp32 statistics (TRL)."""
+    if workload.fused_head:
+        return _norm_bytes(workload) + fused.head_bytes(workload)
     positions = workload.rows * (workload.length - 1)
     hidden = workload.compute_bytes * workload.architecture.hidden_size
     # One row's hidden states are a view of the norm's output, which has one more position.
@@ -96,6 +104,8 @@ def loss_bytes(workload: Workload) -> int:
     gradient of the hidden states and that gradient cast. Label smoothing: all logits, in the compute dtype and in fp32,
     and their log-probabilities with gradients.
     """
+    if workload.fused_head:
+        return fused.loss_bytes(workload)
     architecture, e = workload.architecture, workload.compute_bytes
     positions = workload.rows * (workload.length - 1)
     gradients = positions * architecture.hidden_size * (FP32_BYTES + e)
@@ -118,10 +128,15 @@ def block_backward_bytes(workload: Workload, *, again: bool) -> int:
     recomputed = 0
     if again:
         recomputed = max(block_bytes(workload, pairs) for pairs in workload.kinds_of(0, workload.recomputed))
-        if e == FP32_BYTES:
+        if e == FP32_BYTES or workload.fast:
             recomputed -= e * architecture.hidden_size * tokens  # the first norm keeps the checkpoint itself
-    inner = e * architecture.intermediate_size * tokens
-    gradients = inner + max(inner, dequantized_bytes(workload)) + e * architecture.hidden_size * tokens
+    dequantized = dequantized_bytes(workload)
+    if workload.fast:
+        gradients = fused.mlp_backward_bytes(workload, dequantized=dequantized)
+    else:
+        inner = e * architecture.intermediate_size * tokens
+        gradients = inner + max(inner, dequantized)
+    gradients += e * architecture.hidden_size * tokens
     return recomputed + gradients + _attention_work_bytes(workload)
 
 
@@ -228,6 +243,12 @@ def _lora_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradie
     return total * workload.tokens
 
 
+def _pair_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradient: bool = True) -> int:
+    return _lora_bytes(workload, pairs, input_has_gradient=input_has_gradient) + _cast_bytes(
+        workload, pairs, input_has_gradient=input_has_gradient
+    )
+
+
 def _cast_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradient: bool = True) -> int:
     """Autocast's 16-bit copies of the fp32 pairs, kept for the gradients of their inputs."""
     if workload.compute_bytes == FP32_BYTES:
@@ -238,5 +259,7 @@ def _cast_bytes(workload: Workload, pairs: tuple[Pair, ...], *, input_has_gradie
 
 def _casts_in_forward(workload: Workload) -> int:
     """Autocast keeps all copies until the forward pass ends; of whole blocks they are kept and counted anyway."""
+    if workload.fast:  # which casts by hand, for one product at a time
+        return 0
     kinds = workload.kinds_of(0, workload.recomputed)
     return sum(_cast_bytes(workload, pairs) * count for pairs, count in kinds.items())

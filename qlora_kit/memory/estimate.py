@@ -24,14 +24,19 @@ class Estimate:
     Attributes:
         breakdown: Bytes by part, in the order of their lifetimes; they add up to ``peak_bytes``.
         allocated_bytes: The part of it that torch allocates (``torch.cuda.max_memory_allocated``).
-        host_bytes: Optimizer state that moves to the host where the GPU is full.
+        on_host: Bytes in host memory: the embedding, and optimizer state that moves there where the GPU is full.
         notes: What is not counted, or is counted roughly.
     """
 
     breakdown: Mapping[str, int]
     allocated_bytes: int
-    host_bytes: int
+    on_host: Mapping[str, int]
     notes: tuple[str, ...]
+
+    @property
+    def host_bytes(self) -> int:
+        """All that lies, or may lie, in host memory."""
+        return sum(self.on_host.values())
 
     @property
     def peak_bytes(self) -> int:
@@ -53,7 +58,8 @@ def estimate(workload: Workload) -> Estimate:
     """The peak of ``workload``, for rows that all reach ``length``.
 
     Training and validation passes compete: whichever takes more is the peak. The optimizer's temporaries count where
-    they exceed the activations, which are gone by then.
+    they exceed the activations, which are gone by then. An embedding on the host is loaded onto the GPU first, when
+    there is nothing but the base yet.
     """
     shared = activations.shared_bytes(workload)
     checkpoints = activations.checkpoint_bytes(workload)
@@ -63,9 +69,10 @@ def estimate(workload: Workload) -> Estimate:
     held = min(checkpoints + kept, whole_pass)
     gradients = parts.gradient_bytes(workload)
     evaluation = activations.evaluation_bytes(workload)
+    on_host = parts.host_embedding_bytes(workload)
     stays = {
         "linear layers": parts.held_linear_bytes(workload),
-        "embedding and head": parts.embedding_bytes(workload),
+        "head" if on_host else "embedding and head": parts.embedding_bytes(workload) - on_host,
         "norms and biases": parts.small_bytes(workload),
         "adapter": parts.adapter_bytes(workload),
         "optimizer": optimizer_bytes(workload),
@@ -78,15 +85,20 @@ def estimate(workload: Workload) -> Estimate:
     validation = {"gradients": 0, "validation batch": evaluation}
     comes = training if gradients + whole_pass >= evaluation else validation
     moving = sum(comes.values()) - comes["gradients"]
+    later = stays["adapter"] + stays["optimizer"] + sum(comes.values())
+    loading = {"embedding, while loading": on_host - later} if on_host > later else {}
     context = CUDA_CONTEXT_BYTES if workload.device == "cuda" else CPU_LIBRARIES_BYTES
     breakdown = {
         **stays,
         **comes,
+        **loading,
         "allowance for fragmentation": int(ALLOWANCE[workload.device] * moving),
         "context and libraries": context,
     }
-    allocated = sum(stays.values()) + sum(comes.values())
-    return Estimate(breakdown, allocated, paged_bytes(workload), _notes(workload, comes is validation))
+    allocated = sum(stays.values()) + sum(comes.values()) + sum(loading.values())
+    host = {"embedding on the host": on_host, "optimizer, may move to host": paged_bytes(workload)}
+    host = {name: size for name, size in host.items() if size}
+    return Estimate(breakdown, allocated, host, _notes(workload, comes is validation))
 
 
 def _kept_parts(workload: Workload, checkpoints: int, held: int) -> dict[str, int]:

@@ -52,6 +52,13 @@ def embedding_bytes(workload: Workload) -> int:
     return workload.compute_bytes * architecture.vocab_size * architecture.hidden_size * (1 if architecture.tied else 2)
 
 
+def host_embedding_bytes(workload: Workload) -> int:
+    """The part of it that stays in host memory; on a CPU that is the same memory, and nothing is saved."""
+    if not workload.embedding_on_host or workload.architecture.tied or workload.device == "cpu":
+        return 0
+    return embedding_bytes(workload) // 2
+
+
 def small_bytes(workload: Workload) -> int:
     """Norms and biases in the compute dtype, and the rotary frequencies, which transformers keeps twice in fp32."""
     architecture = workload.architecture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from qlora_kit.architecture import read_architecture
@@ -29,6 +30,7 @@ _KEYS = {  # field of Workload -> key of the train section
     "checkpointed_layers": "checkpointed_layers",
     "optim": "optim",
     "length": "max_length",
+    "embedding_on_host": "embedding_on_host",
 }
 
 
@@ -125,6 +127,7 @@ class Plan:
             "smallest_card": None if self.smallest_card is None else self.smallest_card.name,
             "allocated_bytes": self.estimate.allocated_bytes,
             "host_bytes": self.estimate.host_bytes,
+            "on_host": dict(self.estimate.on_host),
             "card": self.card.name,
             "card_bytes": self.card.memory_bytes,
             "free_bytes": self.card.free_bytes,
@@ -159,7 +162,7 @@ def make_plan(workload: Workload, card: Card) -> Plan:
     """Estimate ``workload`` and look for what fits ``card`` and is faster, or takes longer rows."""
     fits = _fits(workload, card.free_bytes)
     suggestions = tuple(_suggestions(workload, card, fits=fits))
-    leanest = _leanest(workload, *_smaller_optimizers(workload))
+    leanest = _leanest(_within_context(workload), *_smaller_optimizers(workload))
     least_why = "the least that rows of this length take"
     recomputed = _fewest_recomputed(workload, card.free_bytes)
     return Plan(
@@ -178,7 +181,8 @@ def fastest_that_fits(workload: Workload, card: Card, *, optimizers: Sequence[st
     """The fastest settings with the same rows in each optimizer step and the same longest row; None where none fits.
 
     Tried are the divisors of the effective batch as micro-batches, with checkpointing of no layer, of as few as fit and
-    of all, with the configured optimizer and ``optimizers``. The validation batch is halved until it fits.
+    of all, with the configured optimizer and ``optimizers``, with the embedding on the device and on the host. The
+    validation batch is halved until it fits.
     """
     fitting = [
         candidate
@@ -215,18 +219,27 @@ def changes(before: Workload, after: Workload) -> dict[str, Any]:
 
 def _suggestions(workload: Workload, card: Card, *, fits: bool) -> Iterator[Suggestion]:
     small = _smaller_optimizers(workload)
-    fastest = fastest_that_fits(workload, card, optimizers=small)
+    within = _within_context(workload)
+    fastest = fastest_that_fits(within, card, optimizers=small)
     if fastest is not None and fastest != workload:
         faster = _speed(fastest, card) >= WORTHWHILE * _speed(workload, card)
-        if faster or not fits:
+        if faster or not fits or within != workload:
             why = "the fastest that fits, with as many rows in each optimizer step"
             yield _suggestion(why, workload, fastest, card)
-    leanest = _leanest(workload, *small)
+    leanest = _leanest(within, *small)
     longest = longest_length(leanest, card.free_bytes)
     reached = longest_length(workload, card.free_bytes)  # told anyway
-    if (longest > workload.length and longest >= WORTHWHILE * reached) or (fastest is None and longest):
+    if (longest > within.length and longest >= WORTHWHILE * reached) or (fastest is None and longest):
         why = "the longest rows that fit"
         yield _suggestion(why, workload, leanest.with_(length=longest), card)
+
+
+def _within_context(workload: Workload) -> Workload:
+    """With rows no longer than the base takes: it never learned what to make of later positions."""
+    most = workload.architecture.context_length
+    if workload.length <= most:
+        return workload
+    return workload.with_(length=most, eval_length=min(workload.eval_length, most))
 
 
 def _fits(workload: Workload, free_bytes: int) -> bool:
@@ -254,7 +267,7 @@ def _smaller_optimizers(workload: Workload) -> tuple[str, ...]:
 
 
 def _leanest(workload: Workload, *optimizers: str) -> Workload:
-    """One row at a time, checkpointing, and the smaller optimizer if there is one to take."""
+    """One row at a time, checkpointing, and if there is one to take the smaller optimizer and the host's memory."""
     return workload.with_(
         batch_size=1,
         accumulation=workload.effective_batch,
@@ -262,6 +275,7 @@ def _leanest(workload: Workload, *optimizers: str) -> Workload:
         checkpointed_layers=None,
         eval_batch_size=min(workload.eval_batch_size, 1),
         optim=optimizers[0] if optimizers else workload.optim,
+        embedding_on_host=workload.embedding_on_host or _embedding_saves(workload),
     )
 
 
@@ -272,9 +286,12 @@ def _suggestion(why: str, before: Workload, after: Workload, card: Card) -> Sugg
 
 def _candidates(workload: Workload, optimizers: Sequence[str], free_bytes: int) -> Iterator[Workload]:
     rows = workload.effective_batch
+    places = (False, True) if _embedding_saves(workload) else (workload.embedding_on_host,)
     for batch_size in (size for size in range(1, rows + 1) if rows % size == 0):
-        for optim in optimizers:
-            candidate = workload.with_(batch_size=batch_size, accumulation=rows // batch_size, optim=optim)
+        for optim, on_host in product(optimizers, places):
+            candidate = workload.with_(
+                batch_size=batch_size, accumulation=rows // batch_size, optim=optim, embedding_on_host=on_host
+            )
             fewest = _fewest_recomputed(candidate.with_(eval_batch_size=0), free_bytes)
             if fewest is None:
                 continue
@@ -293,6 +310,11 @@ def _with_validation_that_fits(workload: Workload, free_bytes: int) -> Workload:
 def _speed(workload: Workload, card: Card) -> float:
     known = card.tflops is not None and card.gigabytes_per_second is not None
     return tokens_per_second(workload, card if known else _RANKED_BY) or 0.0
+
+
+def _embedding_saves(workload: Workload) -> bool:
+    """Whether memory of the device is saved with the embedding on the host."""
+    return workload.device == "cuda" and workload.embedding_is_movable
 
 
 def _is_small(optim: str) -> bool:

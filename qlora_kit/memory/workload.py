@@ -16,6 +16,7 @@ from qlora_kit.launched import process_count
 
 Device = Literal["cuda", "cpu"]
 DEFAULT_EVAL_BATCH = 8  # transformers' TrainingArguments.per_device_eval_batch_size
+_EMBEDDING = "model.embed_tokens"
 _UNCOUNTED = {  # field of SFTConfig -> the value that changes nothing; any other changes memory in ways not counted
     "use_liger_kernel": False,
     "activation_offloading": False,
@@ -70,6 +71,9 @@ class Workload:
         dropout: Whether there is dropout before ``lora_A``.
         use_dora: Whether the pairs are DoRA's.
         shards: Over how many processes the linear layers of the base are split (``train.shard_base``).
+        embedding_on_host: Whether the input embedding stays in host memory (``train.embedding_on_host``).
+        embedding_is_movable: Whether it could: not tied, not trained, not split.
+        fast: Whether it takes the fused path (``train.fast``), where that knows the layers.
         full_logits: Whether the loss needs all logits at once (label smoothing).
         uncounted: Settings that change memory in ways that are not counted.
     """
@@ -95,6 +99,9 @@ class Workload:
     dropout: bool = False
     use_dora: bool = False
     shards: int = 1
+    embedding_on_host: bool = False
+    embedding_is_movable: bool = False
+    fast: bool = False
     full_logits: bool = False
     uncounted: tuple[str, ...] = ()
 
@@ -136,12 +143,19 @@ class Workload:
         return Counter(self.layers[first:last])
 
     @property
+    def fused_head(self) -> bool:
+        """Whether the fused path scores the labels; label smoothing asks for logits."""
+        return self.fast and not self.full_logits
+
+    @property
     def masked(self) -> bool:
         """Whether attention gets a mask of its own: rows of unequal length, packed rows, or a window that bites.
 
         Without one, transformers 5 leaves the mask out and SDPA is told ``is_causal``.
         """
         window = self.architecture.sliding_window
+        if self.fast and window is None:  # `segment_attention` needs none
+            return False
         return self.rows > 1 or self.packing or (window is not None and self.length >= window)
 
     def with_(self, **changes: Any) -> Workload:
@@ -209,6 +223,9 @@ def workload_of(
         dropout=config.lora.lora_dropout > 0,
         use_dora=config.lora.use_dora,
         shards=process_count() if train.shard_base else 1,
+        embedding_on_host=train.embedding_on_host,
+        embedding_is_movable=not (architecture.tied or trains_embedding(config.lora) or train.shard_base),
+        fast=_is_fast(config, load_in_4bit=load_in_4bit, device=device),
         full_logits=more.get("label_smoothing_factor", 0.0) > 0,
         uncounted=tuple(
             f"train.{name}" for name, usual in _UNCOUNTED.items() if more.get(name, usual) not in (usual, None)
@@ -216,9 +233,36 @@ def workload_of(
     )
 
 
+def _is_fast(config: RunConfig, *, load_in_4bit: bool, device: Device) -> bool:
+    """Whether ``training.fitting`` lets the fused path in and it takes the layers; on a GPU it was not run yet."""
+    more = config.train.model_extra or {}
+    uncounted = any(more.get(name, usual) not in (usual, None) for name, usual in _UNCOUNTED.items())
+    possible = load_in_4bit and not config.lora.use_dora and device == "cpu" and process_count() == 1
+    return config.train.fast == "auto" and possible and not uncounted
+
+
 def lora_pairs(architecture: Architecture, lora: LoraSection) -> tuple[tuple[Pair, ...], ...]:
     """The LoRA pairs of each block, chosen by PEFT's rules."""
-    settings = LoraSettings(
+    settings = _settings(lora)
+    blocks: list[list[Pair]] = [[] for _ in range(architecture.layers)]
+    for tensor, plan in architecture.tensors().items():
+        module = tensor.removesuffix(".weight")
+        if plan.part in ("attention", "mlp") and len(plan.shape) == 2 and settings.targets(module):
+            block = int(module.split(".")[2])  # model.layers.7.mlp.up_proj
+            pair = Pair(module.rpartition(".")[2], plan.shape[0], plan.shape[1], settings.rank_of(module))
+            blocks[block].append(pair)
+    return tuple(tuple(block) for block in blocks)
+
+
+def trains_embedding(lora: LoraSection) -> bool:
+    """Whether the section names the input embedding: as a target, to be saved whole, or by rows of tokens."""
+    settings = _settings(lora)
+    targeted = lora.target_modules != "all-linear" and settings.targets(_EMBEDDING)
+    return targeted or settings.saves_module(_EMBEDDING) or isinstance(lora.trainable_token_indices, tuple)
+
+
+def _settings(lora: LoraSection) -> LoraSettings:
+    return LoraSettings(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         target_modules=lora.target_modules,
@@ -236,14 +280,6 @@ def lora_pairs(architecture: Architecture, lora: LoraSection) -> tuple[tuple[Pai
         base_model_name_or_path=None,
         peft_version=None,
     )
-    blocks: list[list[Pair]] = [[] for _ in range(architecture.layers)]
-    for tensor, plan in architecture.tensors().items():
-        module = tensor.removesuffix(".weight")
-        if plan.part in ("attention", "mlp") and len(plan.shape) == 2 and settings.targets(module):
-            block = int(module.split(".")[2])  # model.layers.7.mlp.up_proj
-            pair = Pair(module.rpartition(".")[2], plan.shape[0], plan.shape[1], settings.rank_of(module))
-            blocks[block].append(pair)
-    return tuple(tuple(block) for block in blocks)
 
 
 def _trained_whole(architecture: Architecture, lora: LoraSection) -> int:

@@ -32,6 +32,7 @@ ADAPTED = (
     "per_device_eval_batch_size",
     "gradient_checkpointing",
     "checkpointed_layers",
+    "embedding_on_host",
 )
 """The keys of ``train`` that ``train.memory=auto`` may change."""
 

@@ -41,6 +41,11 @@ from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
 from qlora_kit.training.contract import Trained, write_run_files
 from qlora_kit.training.figures import run_figures
 from qlora_kit.training.fitting import fit
+from qlora_kit.training.host_embedding import (
+    put_embedding_on_host,
+    require_frozen_rows,
+    require_host_embedding_possible,
+)
 from qlora_kit.training.memory_check import begun_with, within_memory
 from qlora_kit.training.processes import from_main, join_processes, main_first
 from qlora_kit.training.reporters import require_reporters
@@ -178,6 +183,7 @@ def train(
     require_target_modules(ref, config.lora)
     require_layers(config.train, ref)
     require_shardable(config, ref)
+    require_host_embedding_possible(config, ref)
     require_fitting_start(config, ref, tokenizer, earlier)
     require_space_for_run(
         folder, adapter_bytes=adapter_bytes_at_most(ref, config.lora), kept_checkpoints=config.train.save_total_limit
@@ -301,9 +307,12 @@ def _load_model(
     if rows.message is not None:
         logger.warning("%s", rows.message)
     require_servable(config, ref, tuple(rows.indices))
+    require_frozen_rows(config, rows.indices)
     set_seed(config.train.seed)
     base = load_base_model(ref, config.quantization, device=device, shardable=config.train.shard_base)
     facts = quantization_facts(config.quantization, base)
+    if config.train.embedding_on_host:
+        put_embedding_on_host(base)
     start = AdapterStart(earlier, data.train, tokenizer.pad_token_id, resumed, rows.indices)
     model = attach_adapter(base, config, start, ref=ref, quantization=facts)
     show_bias_of_head(model)

@@ -118,6 +118,7 @@ def effectless(train: TrainSection, *, evaluates: bool, steps: int) -> list[str]
                 f"train.{key}={every:g} is past the last step, {steps}: the run {done} at its end alone; "
                 f"set train.{key} to {max(steps // 4, 1)}, say"
             )
+    lines.extend(_best_that_is_not_kept(train, evaluates=evaluates))
     if train.metric_for_best_model == EVAL_LOSS and train.metric_rows != _default_of("metric_rows"):
         lines.append(
             f"train.metric_rows={train.metric_rows} has no effect: train.metric_for_best_model is {EVAL_LOSS}, which "
@@ -130,6 +131,22 @@ def effectless(train: TrainSection, *, evaluates: bool, steps: int) -> list[str]
             f"evaluation{'s' if evaluations > 1 else ''}; lower it, or evaluate more often (train.eval_strategy)"
         )
     return lines
+
+
+def _best_that_is_not_kept(train: TrainSection, *, evaluates: bool) -> list[str]:
+    """``load_best_model_at_end`` is on by default: no wish if nothing is evaluated, a surprise without checkpoints."""
+    if not train.load_best_model_at_end or (evaluates and train.save_strategy != "no"):
+        return []
+    if not evaluates:
+        if "load_best_model_at_end" not in train.model_fields_set:
+            return []
+        reason = "train.eval_strategy is no" if train.eval_strategy == "no" else "there is no validation data"
+        fix = "set train.eval_strategy=epoch" if train.eval_strategy == "no" else "add data.validation"
+        return [f"train.load_best_model_at_end has no effect: {reason}; {fix}, or remove it"]
+    return [
+        "the last adapter is kept, not the best one: train.save_strategy is no; "
+        f"set train.save_strategy={train.eval_strategy}, or train.load_best_model_at_end=false"
+    ]
 
 
 def _default_of(key: str) -> object:

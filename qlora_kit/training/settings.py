@@ -37,6 +37,7 @@ RECORDED_LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "a
 # What may differ in a resumed run: where it lies, what it tells and what it keeps; no step's result depends on it.
 FREE_KEYS = (
     *("name", "output_dir", "train.memory", "train.save_total_limit", "train.report_to"),
+    "train.embedding_on_host",
     *("eval.limit", "eval.metrics", "eval.stop_rate_rows", "eval.report_samples"),
 )
 FREE_PREFIXES = ("train.logging",)

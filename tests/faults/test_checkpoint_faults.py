@@ -296,7 +296,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
-        pytest.skip("mounting needs root")
+        told = mounted.stderr.decode(errors="replace").strip()
+        pytest.skip(
+            f"a small file system cannot be mounted here, which needs root ({told}); the six faults of writing ran"
+        )
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
