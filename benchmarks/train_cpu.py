@@ -20,8 +20,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +35,10 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from benchmarks.contenders.sft import (  # noqa: E402
-    KIT,
-    PLAIN,
-    SHIPPED,
-    Setting,
-    contender,
-    counted,
-    described,
-    forget_peak,
-    peak_bytes,
-    timed,
-)
+from benchmarks.contenders.models import HALF, KIT, PLAIN, SHIPPED, Setting  # noqa: E402
+from benchmarks.contenders.sft import contender, counted, described, forget_peak, peak_bytes, timed  # noqa: E402
 from qlora_kit.fast import PIECES  # noqa: E402
+from qlora_kit.four_bit import dequantize  # noqa: E402
 
 SETTINGS = {
     "rows of 256 to 512 tokens, half supervised, checkpointing": Setting(),
@@ -52,15 +46,16 @@ SETTINGS = {
     "rows of 512 tokens, all supervised, checkpointing": Setting(shortest=1.0, supervised=1.0),
     "packed to 1,024 tokens, rows of 64 to 1,024, checkpointing": Setting(packing=True, length=1024, shortest=0.0625),
 }
+ALONE = [*(piece for piece in PIECES if piece != "unpadding"), "segments + head + unpadding"]  # it needs those two
+DEQUANTIZING = "dequantizing a weight beside one product with it"
 MEDIANS = ("step_seconds", "cpu_seconds", "tokens_per_second", "peak_growth_bytes")
-PIECES_SETTING = "the same without checkpointing"
 
 
 def child(name: str, setting: Setting, measure: str) -> dict[str, Any]:
     """One contender in this process: ``time``, or ``count`` for operations and bytes as well."""
     warnings.simplefilter("ignore", FutureWarning)
     with contender(name, setting, torch.device("cpu")) as trainer:
-        figures = counted(trainer, setting) if measure == "count" else {}
+        figures = counted(trainer, name, setting) if measure == "count" else {}
         trainer.model.zero_grad()
         before = forget_peak()
         return {**figures, **timed(trainer, setting), "peak_growth_bytes": peak_bytes() - before}
@@ -107,6 +102,30 @@ def compare(setting: Setting, names: tuple[str, ...], rounds: int) -> dict[str, 
     return {"setting": described(setting), "rounds": rounds, "figures": figures}
 
 
+def dequantizing() -> dict[str, float]:
+    """Milliseconds of dequantizing a weight of 4,096 x 768, and of one product with 1,024 rows; medians of 50."""
+    from bitsandbytes.functional import quantize_4bit
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    found = {}
+    for name in ("float32", "bfloat16"):
+        dtype = getattr(torch, name)
+        codes, state = quantize_4bit(torch.randn(4096, 768, dtype=dtype), quant_type="nf4", compress_statistics=True)
+        rows, weight = torch.randn(1024, 768, dtype=dtype), dequantize(codes, state).t()
+        found[f"{name}_dequantize_ms"] = _median_ms(partial(dequantize, codes, state))
+        found[f"{name}_product_ms"] = _median_ms(partial(torch.matmul, rows, weight))
+    return found
+
+
+def _median_ms(call: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(51):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]) * 1000
+
+
 def show(title: str, result: dict[str, Any]) -> None:
     """A short table."""
     table = Table(title=title, title_justify="left")
@@ -130,7 +149,7 @@ def show(title: str, result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny shape, one round: shows that it runs, no figures")
-    parser.add_argument("--pieces", action="store_true", help="also each piece of the fused path by itself")
+    parser.add_argument("--pieces", action="store_true", help="each piece of the fused path by itself, in two settings")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument("--shipped", action="store_true", help="also TRL with the adapter in bf16, as it ships")
     parser.add_argument("--steps", type=int, help="optimizer steps of each process; the first is not timed")
@@ -147,17 +166,22 @@ def main() -> None:
     rounds = 1 if arguments.quick else arguments.rounds
     results = {}
     for title, setting in list(SETTINGS.items())[: 2 if arguments.quick else None]:
-        if arguments.only not in title:
+        with_pieces = setting.supervised < 1 and not setting.packing
+        if arguments.only not in title or (arguments.pieces and not with_pieces):
             continue
         if arguments.quick:
             setting = replace(setting, shape="tiny", length=setting.length // 4, steps=3)
         elif arguments.steps:
             setting = replace(setting, steps=arguments.steps)
         names: tuple[str, ...] = (PLAIN, KIT, SHIPPED) if arguments.shipped else (PLAIN, KIT)
-        if arguments.pieces and title == PIECES_SETTING:
-            names += tuple(f"{KIT}: {piece}" for piece in PIECES)
+        if arguments.pieces:
+            names += tuple(f"{KIT}: {pieces}" for pieces in ALONE)
+            names += (HALF,) if setting.checkpointing else ()
         results[title] = compare(setting, names, rounds)
         show(title, results[title])
+    if arguments.pieces:
+        results[DEQUANTIZING] = dequantizing()
+        print(", ".join(f"{key} {value:.3f}" for key, value in results[DEQUANTIZING].items()))
     machine = {
         "cores": os.cpu_count(),
         "threads": arguments.threads,

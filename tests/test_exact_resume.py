@@ -35,17 +35,19 @@ PACKED = (*SHORT, "train.packing=true", "train.per_device_train_batch_size=1", "
 BY_EPOCH = ("train.eval_strategy=epoch", "train.load_best_model_at_end=false", "train.logging_strategy=epoch")
 PACKED = (*SHORT, "train.packing=true", "train.per_device_train_batch_size=1", "train.max_length=256")
 BY_EPOCH = ("train.eval_strategy=epoch", "train.load_best_model_at_end=false", "train.logging_strategy=epoch")
+ONE_LAYER = ("train.gradient_checkpointing=true", "train.checkpointed_layers=1")
 OTHER_OPTIMIZER = ("train.optim=adafactor", "train.lr_scheduler_type=reduce_lr_on_plateau")
 ALL = (1, 2, 3, 4, 5, 6)
 CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {  # overrides, the steps to resume from
     "packing, fewer log lines than steps": ((*PACKED, "train.max_steps=6", "train.logging_steps=5"), (2,)),
-    "evaluated at the end of epochs": ((*SHORT, *BY_EPOCH), (3,)),
+    "evaluated at the end of epochs, without dropout": ((*SHORT, *BY_EPOCH, "lora.lora_dropout=0"), (3,)),
 }
 MORE_CASES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "qlora, the best adapter kept": (SHORT, ALL),
     "lora on the 16-bit base": ((*SHORT, "quantization.load_in_4bit=false"), ALL),
     "by the libraries' own path": ((*SHORT, "train.fast=off"), (2, 3)),
     "packing": (PACKED, (1, 2, 3)),
+    "without dropout, some layers checkpointed": ((*SHORT, *ONE_LAYER, "lora.lora_dropout=0"), (2, 3)),
     "rest of an epoch": ((*SHORT, "train.gradient_accumulation_steps=5", "train.logging_steps=4"), (2, 3, 4, 5)),
     "evaluated at the end of epochs": ((*SHORT, *BY_EPOCH), ALL),
     "ends in mid-epoch": ((*SHORT, "train.max_steps=5"), (3, 4, 5)),

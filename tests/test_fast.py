@@ -13,13 +13,18 @@ import torch
 from fast_models import VOCABULARY, base_model, one_pass, packed_batch, padded_batch, with_lora
 from peft import PeftModel, get_peft_model_state_dict
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.neftune import neftune_post_forward_hook
 from trl import SFTConfig
 
 from qlora_kit.fast import PIECES, FastPath, ScoredModel, fast_path
 from qlora_kit.fast.attention import segment_mask
+from qlora_kit.fast.unpadding import unpadded
 from qlora_kit.training import TrainResult
+from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.fitting import _fast_path
 
+ALONE = [*((piece,) for piece in PIECES if piece != "unpadding"), ("segments", "head", "unpadding")]
+"""The pieces one by one, with those that one needs."""
 BATCHES: dict[str, Callable[[], dict[str, torch.Tensor]]] = {"padded": padded_batch, "packed": packed_batch}
 
 
@@ -28,9 +33,9 @@ def scored(model: PeftModel, fast: FastPath) -> Callable[..., Any]:
     return model if fast.head is None else ScoredModel(model, fast.head)
 
 
-def require_fused(fast: FastPath) -> None:
-    assert [piece.name for piece in fast.pieces if piece.reason is not None] == []
-    assert all(piece.places == piece.possible for piece in fast.pieces)
+def require_fused(fast: FastPath, *, but: tuple[str, ...] = ()) -> None:
+    assert tuple(piece.name for piece in fast.pieces if piece.reason is not None) == but
+    assert all(piece.places == piece.possible for piece in fast.pieces if piece.reason is None)
 
 
 # --- losses and gradients, beside the libraries' own path ---
@@ -53,7 +58,7 @@ def test_in_fp32_all_pieces_agree(family: str, batch: str, checkpointing: bool, 
     inputs = BATCHES[batch]()
     plain = one_pass(model, model, inputs)
     with fast_path(model) as fast:
-        require_fused(fast)
+        require_fused(fast, but=("unpadding",) if dropout else ())
         fused = one_pass(model, scored(model, fast), inputs)
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=0)
     assert fused.distance(plain) < 1e-5
@@ -62,11 +67,11 @@ def test_in_fp32_all_pieces_agree(family: str, batch: str, checkpointing: bool, 
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("piece", PIECES)
-def test_each_piece_alone_agrees(piece: str, batch: str) -> None:
+@pytest.mark.parametrize("pieces", ALONE)
+def test_each_piece_alone_agrees(pieces: tuple[str, ...], batch: str) -> None:
     model = with_lora(base_model(), rank_pattern={"k_proj": 2, "up_proj": 6}, use_rslora=True)
     plain = one_pass(model, model, BATCHES[batch]())
-    with fast_path(model, pieces=[piece]) as fast:
+    with fast_path(model, pieces=pieces) as fast:
         require_fused(fast)
         fused = one_pass(model, scored(model, fast), BATCHES[batch]())
     torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=0)
@@ -74,19 +79,88 @@ def test_each_piece_alone_agrees(piece: str, batch: str) -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_in_bf16_it_is_as_near_to_fp32_as_the_plain_path(batch: str) -> None:
+@pytest.mark.parametrize("pieces", [*ALONE, PIECES])
+def test_in_bf16_it_is_as_near_to_fp32_as_the_plain_path(pieces: tuple[str, ...], batch: str) -> None:
     """Both round, at different places: beside fp32, the fused path may not be further off than the plain one."""
     exact_model, model = (
         with_lora(base_model(dtype=dtype, initializer_range=0.05)) for dtype in (torch.float32, torch.bfloat16)
     )
     exact = one_pass(exact_model, exact_model, BATCHES[batch]())
     plain = one_pass(model, model, BATCHES[batch]())
-    with fast_path(model) as fast:
+    with fast_path(model, pieces=pieces) as fast:
         require_fused(fast)
         fused = one_pass(model, scored(model, fast), BATCHES[batch]())
     assert fused.loss.item() == pytest.approx(plain.loss.item(), rel=2e-2)
     assert fused.whole_distance(plain) < 2e-2
     assert fused.whole_distance(exact) < 1.1 * plain.whole_distance(exact)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_checkpointing_of_some_layers_agrees(dtype: torch.dtype, limit: float) -> None:
+    model = with_lora(base_model(dtype=dtype, initializer_range=0.05))
+    plain = one_pass(model, model, padded_batch())
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_first_layers(model.get_base_model(), 1)
+    with fast_path(model) as fast:
+        fused = one_pass(model, scored(model, fast), padded_batch())
+    assert fused.loss.item() == pytest.approx(plain.loss.item(), rel=limit)
+    assert fused.whole_distance(plain) < limit
+
+
+def first_layer_shapes(model: PeftModel) -> list[tuple[int, ...]]:
+    """The shapes of the hidden states that come to the first layer from now on."""
+    shapes: list[tuple[int, ...]] = []
+    layer = model.get_base_model().model.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+def test_padding_is_not_computed() -> None:
+    """Also where each row's first token has a label, which nothing predicts, and where NEFTune adds noise."""
+    model = with_lora(base_model())
+    embedding: Any = model.get_input_embeddings()
+    embedding.neftune_noise_alpha = 5.0
+    embedding.register_forward_hook(neftune_post_forward_hook)
+    batch = padded_batch()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    plain = one_pass(model, model, batch)
+    shapes = first_layer_shapes(model)
+    with fast_path(model) as fast:
+        require_fused(fast)
+        fused = one_pass(model, scored(model, fast), batch)
+    assert shapes == [(1, 17 + 12 + 5, 64)]
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=0)
+    assert fused.distance(plain) < 1e-5
+    torch.testing.assert_close(fused.entropy, plain.entropy, rtol=1e-5, atol=1e-5)
+    assert fused.entropy.shape == plain.entropy.shape
+
+
+def padded_on_the_left() -> dict[str, torch.Tensor]:
+    return {name: tensor.flip(1) for name, tensor in padded_batch().items()}
+
+
+def without_padding() -> dict[str, torch.Tensor]:
+    return {name: tensor[:1] for name, tensor in padded_batch().items()}
+
+
+@pytest.mark.parametrize("make", [padded_on_the_left, without_padding])
+def test_other_batches_stay_as_they_are(make: Callable[[], dict[str, torch.Tensor]]) -> None:
+    model, batch = with_lora(base_model()), make()
+    plain = one_pass(model, model, batch)
+    shapes = first_layer_shapes(model)
+    with fast_path(model) as fast:
+        fused = one_pass(model, scored(model, fast), batch)
+    assert shapes == [(*batch["input_ids"].shape, 64)]
+    assert fused.distance(plain) < 1e-5
+
+
+def test_labels_in_the_padding_keep_the_padding() -> None:
+    batch = padded_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert unpadded(base_model(), dict(inputs), batch["labels"]) is not None
+    kept = dict(inputs)
+    assert unpadded(base_model(), kept, batch["input_ids"]) is None
+    assert all(kept[name] is tensor for name, tensor in inputs.items()) and kept.keys() == inputs.keys()
 
 
 def test_a_batch_without_labels_counts_nothing() -> None:
@@ -244,8 +318,10 @@ def test_what_it_does_not_know_stays_plain_with_a_reason() -> None:
     assert dora == {"projections": "q_proj uses DoRA", "mlp": "gate_proj uses DoRA"}
     some = refused(with_lora(base_model(), target_modules=["q_proj", "v_proj"]))
     assert some["projections"].startswith("k_proj is not a 4-bit layer") and "gate_proj" in some["mlp"]
-    assert set(refused(with_lora(base_model(), modules_to_save=["lm_head"]))) == {"head"}
-    assert set(refused(with_lora(base_model("mistral", sliding_window=8)))) == {"segments"}
+    assert set(refused(with_lora(base_model(), modules_to_save=["lm_head"]))) == {"head", "unpadding"}
+    assert set(refused(with_lora(base_model("mistral", sliding_window=8)))) == {"segments", "unpadding"}
+    assert set(refused(with_lora(base_model(), lora_dropout=0.1))) == {"unpadding"}
+    assert set(refused(with_lora(base_model(attention_dropout=0.1)))) == {"unpadding"}
     assert set(refused(with_lora(base_model(hidden_act="gelu")))) == {"mlp"}
     assert "bias" in refused(with_lora(base_model(), bias="all"))["projections"]
 
@@ -279,6 +355,7 @@ def test_some_layers_alone_can_be_fused() -> None:
     "overrides",
     [
         ("train.label_smoothing_factor=0.1", "train.neftune_noise_alpha=5"),
+        ("train.neftune_noise_alpha=5", "train.gradient_accumulation_steps=2"),
         ("train.loss_type=dft", "train.packing=true", "train.per_device_train_batch_size=2"),
         ("train.gradient_checkpointing=true", "lora.lora_dropout=0.1", "train.gradient_accumulation_steps=2"),
     ],

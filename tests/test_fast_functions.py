@@ -13,6 +13,7 @@ from qlora_kit.fast.linear_group import apply_group
 from qlora_kit.fast.lora_layers import LoraLinear
 from qlora_kit.fast.mlp import swiglu_and_down
 from qlora_kit.fast.norm import DeferredNorm, PendingNorm
+from qlora_kit.fast.unpadding import Rows
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ def test_head_and_loss(monkeypatch: pytest.MonkeyPatch, bias: bool, tile: int) -
     head = FastHead(torch.nn.Linear(5, 11, bias=bias, dtype=torch.float64).requires_grad_(False))
     hidden = numbers(2, 4, 5, trained=True)
     labels = torch.tensor([[3, -100, 10], [0, 7, -100]])
+    rows = Rows(labels, torch.tensor([0, 4]))
 
     def log_probs(hidden: torch.Tensor) -> torch.Tensor:
-        with head.scoring(labels):
+        with head.scoring(rows):
             return head(hidden)
 
     logits = head(hidden)[:, :-1]

@@ -123,13 +123,21 @@ def counting_saved(model: torch.nn.Module) -> Iterator[dict[int, int]]:
 
 
 def forward(model: Any, workload: Workload) -> torch.Tensor:
-    """The loss as TRL computes it, on a batch with one padded row if there are two."""
-    ids = torch.arange(workload.tokens).reshape(workload.batch_size, workload.length) % 50
-    mask = torch.ones_like(ids)
-    if workload.batch_size > 1:
+    """The loss as TRL computes it, on a batch with one padded row if there are two.
+
+    Where the layers see no padding, as many tokens as the workload has are left without it.
+    """
+    rows, length = workload.batch_size, workload.length + (workload.in_one_row and workload.batch_size > 1)
+    ids = torch.arange(rows * length).reshape(rows, length) % 50
+    mask, labels = torch.ones_like(ids), ids.clone()
+    if length > workload.length:
+        mask[0, -rows:] = 0
+        labels[0, -rows:] = -100
+    elif rows > 1:
         mask[0, -3:] = 0
+    assert not workload.in_one_row or int(mask.sum()) == workload.tokens
     with torch.autocast("cpu", torch.bfloat16, enabled=workload.compute_bytes == 2):
-        output = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, num_items_in_batch=1)
+        output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, num_items_in_batch=1)
     return -output.log_probs.sum()
 
 
@@ -270,6 +278,8 @@ def assert_exact(model: Any, workload: Workload, *, scored: Any = None) -> None:
     if workload.recomputed < len(workload.layers):  # checkpointed blocks' arguments hold them, out of the hooks' sight
         boolean_mask = workload.batch_size * workload.length**2 if workload.masked else 0  # SDPA keeps its own copy
         predicted += activations.shared_bytes(workload) - boolean_mask
+    if workload.in_one_row and workload.checkpointing:  # embeddings then get a gradient, for which their mask is kept
+        predicted += workload.batch_size * (workload.length + 1)
     assert sum(saved.values()) == predicted
 
 
@@ -277,16 +287,17 @@ def assert_exact(model: Any, workload: Workload, *, scored: Any = None) -> None:
 def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
     fast: str, layers: int, run_yaml: Path, random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the byte; the fused path keeps something of supervised tokens alone, and the plan takes all as such."""
-    counted: list[tuple[tuple[int, int], int, int]] = []
+    """To the byte; the fused path keeps nothing of padding, and something of supervised tokens alone: the plan all."""
+    counted: list[tuple[tuple[int, int], int, int, int]] = []
     original = GuardedTrainer.compute_loss
 
     def count(self: GuardedTrainer, model: Any, inputs: dict[str, Any], *args: Any, **more: Any) -> Any:
-        shape = tuple(inputs["input_ids"].shape)
+        shape, mask, labels = tuple(inputs["input_ids"].shape), inputs["attention_mask"], inputs["labels"]
         with counting_saved(model) as saved:
             loss = original(self, model, inputs, *args, **more)
         if model.training:
-            counted.append((shape, int((inputs["labels"][:, 1:] != -100).sum()), sum(saved.values())))
+            supervised = int((labels[:, 1:] != -100).sum())
+            counted.append((shape, int(mask.sum()), supervised, sum(saved.values())))
         return loss
 
     monkeypatch.setattr(GuardedTrainer, "compute_loss", count)
@@ -297,15 +308,16 @@ def test_the_training_run_itself_keeps_what_the_workload_of_its_config_says(
     base_config = json.loads((random_base / "config.json").read_text())
     architecture = read_architecture(base_config, where="config.json")
     workload = workload_of(config, architecture, base_config=base_config, device="cpu")
-    ((rows, length), supervised, saved_bytes) = counted[0]
-    assert 0 < supervised < rows * (length - 1)
-    workload = workload.with_(batch_size=rows, length=length)
-    assert workload.fast is (fast == "auto")
-    predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload)
+    ((rows, length), tokens, supervised, saved_bytes) = counted[0]
+    assert 0 < supervised < tokens < rows * length
+    assert workload.fast is workload.in_one_row is (fast == "auto")
     if fast == "off":
-        predicted -= rows * length**2
+        workload = workload.with_(batch_size=rows, length=length)
+        predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload) - rows * length**2
     else:
-        few = workload.with_(batch_size=1, length=supervised + 1)
+        workload = workload.with_(batch_size=1, length=tokens, packing=True)
+        few = workload.with_(length=supervised + 1)
+        predicted = activations.saved_bytes(workload) + activations.shared_bytes(workload)
         predicted += fused.head_bytes(few) - fused.head_bytes(workload)
     assert saved_bytes == pytest.approx(predicted, abs=64)  # and the trainer's own scalars
 

@@ -1,6 +1,6 @@
 """One contender of the training benchmarks: the same random model, rows and settings, trained by TRL or by the kit.
 
-Everything is made in the process: no file is read, nothing is downloaded, 4-bit weights are made in place.
+Everything is made in the process and nothing is downloaded. 4-bit weights are made in place, for Unsloth in files too.
 """
 
 from __future__ import annotations
@@ -12,68 +12,42 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (its operations have formulas below)
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from benchmarks.memory_gpu import random_base
-from qlora_kit.architecture import read_architecture
+from benchmarks.contenders.models import (
+    ALPHA,
+    HALF,
+    KIT,
+    RANK,
+    SHAPES,
+    SHIPPED,
+    UNSLOTH,
+    Setting,
+    contender_model,
+    same_adapter,
+)
 from qlora_kit.base_files import resolve_base
-from qlora_kit.config import LoraSection
 from qlora_kit.fast import PIECES, fast_path
-from qlora_kit.models import attach_lora, load_tokenizer
+from qlora_kit.models import load_tokenizer
+from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
+from qlora_kit.training.run_facts import RunFacts
 
-COMMON = {"model_type": "qwen2", "max_position_embeddings": 32_768}
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128, "intermediate_size": 704, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 2_048, "tie_word_embeddings": True,
-    },
-    # 7B's proportions: MLP 5.3 times as wide as the model, a head of 9 % of the layers' weights
-    "0.1B": {
-        "hidden_size": 768, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "vocab_size": 10_240, "tie_word_embeddings": True,
-    },
-    "7B": {
-        "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
-PLAIN = "TRL + PEFT"
-SHIPPED = "TRL + PEFT, bf16 adapter"
-KIT = "kit"
-RANK, ALPHA, LEARNING_RATE = 16, 32, 5e-3
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all contenders train alike.
-
-    Attributes:
-        shape: One of ``SHAPES``.
-        rows: In a batch.
-        length: Longest row, in tokens.
-        steps: Optimizer steps.
-        checkpointing: Whether activations are computed again.
-        packing: Whether rows are put together to sequences of ``length``.
-        shortest: Share of ``length`` that the shortest row has; lengths between are equally likely.
-        supervised: Share of each row that counts in the loss: its end.
-        dtype: Compute dtype, by its name in torch.
-    """
-
-    shape: str = "0.1B"
-    rows: int = 2
-    length: int = 512
-    steps: int = 6
-    checkpointing: bool = True
-    packing: bool = False
-    shortest: float = 0.5
-    supervised: float = 0.5
-    dtype: str = "float32"
+LEARNING_RATE = 5e-3
+CPU_PIECES = ("segments", "unpadding")  # for GPUs they were not written
 
 
 def token_rows(setting: Setting) -> list[dict[str, list[int]]]:
@@ -118,24 +92,16 @@ def _synchronise() -> None:
 
 @contextmanager
 def contender(name: str, setting: Setting, device: torch.device) -> Iterator[Any]:
-    """The trainer of a contender, ready to train; a name ``kit: PIECE`` is the kit with that piece alone."""
+    """The trainer of a contender, ready to train; a name ``kit: PIECE + …`` is the kit with these pieces alone."""
     from datasets import Dataset, disable_progress_bars
     from trl import SFTConfig, SFTTrainer
 
-    from qlora_kit.training.callbacks import GuardedTrainer
-    from qlora_kit.training.run_facts import RunFacts
-
     disable_progress_bars()
     dtype = getattr(torch, setting.dtype)
-    config = {**COMMON, **SHAPES[setting.shape]}
-    torch.manual_seed(0)
-    base = random_base(read_architecture(config, where=setting.shape), config, device, dtype)
-    base.is_loaded_in_4bit = True  # as transformers notes it while loading; PEFT and TRL look there
-    set_seed(1)
-    model = attach_lora(base, LoraSection(r=RANK, lora_alpha=ALPHA))
-    rows = Dataset.from_list(token_rows(setting))
     kit = name.startswith(KIT)
     with tempfile.TemporaryDirectory() as folder:
+        model = contender_model(name, setting, device, Path(folder, "base"))
+        rows = Dataset.from_list(token_rows(setting))
         arguments = SFTConfig(
             output_dir=folder,
             max_length=setting.length,
@@ -158,21 +124,29 @@ def contender(name: str, setting: Setting, device: torch.device) -> Iterator[Any
         tokenizer = load_tokenizer(resolve_base("tiny"))
         trainer = trainer_class(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        if name != SHIPPED:
+        if name not in (SHIPPED, UNSLOTH):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+        same_adapter(model)
         if not kit:
             yield trainer
             return
         trainer.facts = RunFacts(lambda: False, "", rows)
-        pieces = (name.removeprefix(f"{KIT}: "),) if ": " in name else PIECES
-        with fast_path(model, pieces=pieces) as fast:
+        if name == HALF:
+            trainer.checkpointed_layers = SHAPES[setting.shape]["num_hidden_layers"] // 2
+        with fast_path(model, pieces=_pieces(name, device)) as fast:
             refused = [piece for piece in fast.pieces if piece.reason is not None]
             if refused:
                 raise RuntimeError(f"not fused: {refused}")
             trainer.fast_head = fast.head
             yield trainer
+
+
+def _pieces(name: str, device: torch.device) -> tuple[str, ...]:
+    if ": " in name:
+        return tuple(name.removeprefix(f"{KIT}: ").split(" + "))
+    return PIECES if device.type == "cpu" else tuple(piece for piece in PIECES if piece not in CPU_PIECES)
 
 
 def timed(trainer: Any, setting: Setting) -> dict[str, Any]:
@@ -191,13 +165,13 @@ def timed(trainer: Any, setting: Setting) -> dict[str, Any]:
     }
 
 
-def counted(trainer: Any, setting: Setting) -> dict[str, Any]:
+def counted(trainer: Any, name: str, setting: Setting) -> dict[str, Any]:
     """FLOPs of one step's forward and backward pass, and the bytes that autograd keeps for the backward pass."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     items = (batch["labels"] != -100).sum()
     model = trainer.model.train()
     if setting.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint(trainer, name)
     kept: dict[int, int] = {}
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
 
@@ -217,6 +191,15 @@ def counted(trainer: Any, setting: Setting) -> dict[str, Any]:
     if not setting.checkpointing:  # else the checkpoints' own hooks take them
         figures["saved_bytes"] = sum(kept.values())
     return figures
+
+
+def checkpoint(trainer: Any, name: str) -> None:
+    """Turn gradient checkpointing on as ``trainer.train`` would; Unsloth's model was made with it."""
+    if name == UNSLOTH:
+        return
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if name == HALF:
+        checkpoint_first_layers(trainer.model, trainer.checkpointed_layers)
 
 
 def _gemm_4bit_flops(a: Sequence[int], b: Sequence[int], shape: Sequence[int], *args: Any, **kwargs: Any) -> int:

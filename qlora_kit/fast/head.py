@@ -10,39 +10,45 @@ import torch
 from torch.autograd.function import once_differentiable
 from trl.trainer.utils import FusedCausalLMOutput
 
-IGNORED = -100
+from qlora_kit.fast.unpadding import IGNORED, Rows, rows_of, unpadded
+
 TILE_LOGITS = 2**26
 """Logits in memory at once: 256 MiB in fp32, as many as TRL's tiles of 4,096 x 32,768 hold in 16 bits."""
 
 
 class FastHead(torch.nn.Module):
-    """In the place of a frozen head and with its weight; inside ``scoring`` it gives log-probabilities, not logits."""
+    """In the place of a frozen head and with its weight; inside ``scoring`` it gives log-probabilities, not logits.
 
-    def __init__(self, head: torch.nn.Linear) -> None:
+    Attributes:
+        unpads: Whether a ``ScoredModel`` with this head takes the padding out of its batches.
+    """
+
+    def __init__(self, head: torch.nn.Linear, *, unpads: bool = False) -> None:
         super().__init__()
+        self.unpads = unpads
         self.weight, self.bias = head.weight, head.bias
         self.in_features, self.out_features = head.in_features, head.out_features
-        self._labels: torch.Tensor | None = None
+        self._rows: Rows | None = None
         self._scores: tuple[torch.Tensor, torch.Tensor] | None = None
         self.train(head.training)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of hidden states (..., H); inside ``scoring``, log-probabilities (B, T - 1) of (B, T, H)."""
-        if self._labels is None:
+        """Logits (..., V) of hidden states (..., H); inside ``scoring``, log-probabilities of the rows: (B, T - 1)."""
+        if self._rows is None:
             return torch.nn.functional.linear(hidden_states, self.weight, self.bias)
         with torch.autocast(hidden_states.device.type, enabled=False):  # every dtype is chosen by hand
-            log_probs, entropy, is_top1 = _LogProbs.apply(hidden_states, self.weight, self.bias, self._labels)
+            log_probs, entropy, is_top1 = _LogProbs.apply(hidden_states, self.weight, self.bias, self._rows)
         self._scores = (entropy, is_top1)
         return log_probs
 
     @contextmanager
-    def scoring(self, labels: torch.Tensor) -> Iterator[None]:
-        """Inside the block the model's logits are the log-probabilities of ``labels`` (B, T - 1); 0 where ignored."""
-        self._labels = labels
+    def scoring(self, rows: Rows) -> Iterator[None]:
+        """Inside the block the model's logits are the log-probabilities of the rows' targets: (B, T - 1)."""
+        self._rows = rows
         try:
             yield
         finally:
-            self._labels = None
+            self._rows = None
 
     def scores(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Entropy, and whether the label was the most likely token, of the last pass inside ``scoring``: (B, T - 1)."""
@@ -62,11 +68,15 @@ class ScoredModel:
         """What TRL's own fused head returns; without ``fused_lm_head``, what the model returns."""
         if not fused_lm_head:
             return self._model(**inputs)
-        labels = inputs.pop("labels")[:, 1:]
-        with self._head.scoring(labels):
+        labels = inputs.pop("labels")
+        rows = unpadded(self._model, inputs, labels) if self._head.unpads else None
+        if rows is None:
+            rows = rows_of(labels)
+        with self._head.scoring(rows):
             log_probs = self._model(**inputs).logits
         entropy, is_top1 = self._head.scores()
-        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=labels != IGNORED)
+        mask = rows.targets != IGNORED
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -79,13 +89,12 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rows, length, width = hidden.shape
-        places = (labels != IGNORED).flatten().nonzero().flatten()  # of (B, T - 1)
-        targets = labels.flatten().index_select(0, places)
-        places_of_hidden = places + places.div(length - 1, rounding_mode="floor")  # of (B, T)
-        chosen = hidden.reshape(-1, width).index_select(0, places_of_hidden)
+        places = (rows.targets != IGNORED).flatten().nonzero().flatten()  # of (B, T - 1)
+        targets = rows.targets.flatten().index_select(0, places)
+        places_of_hidden = rows.places_of_hidden(places)
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, places_of_hidden)
         log_probs = hidden.new_empty(len(places), dtype=_wide_dtype(hidden))
         entropy, is_top1 = torch.empty_like(log_probs), places.new_empty(len(places), dtype=torch.bool)
         gradient = torch.empty_like(chosen) if ctx.needs_input_grad[0] else None
@@ -99,7 +108,7 @@ class _LogProbs(torch.autograd.Function):
                 gradient[tile] = part
         ctx.save_for_backward(gradient, places, places_of_hidden)
         ctx.hidden_shape = hidden.shape
-        dense = [_spread(values, places, (rows, length - 1)) for values in (log_probs, entropy, is_top1)]
+        dense = [_spread(values, places, rows.targets.shape) for values in (log_probs, entropy, is_top1)]
         ctx.mark_non_differentiable(*dense[1:])
         return dense[0], dense[1], dense[2]
 
@@ -107,11 +116,10 @@ class _LogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *unused: Any) -> tuple[torch.Tensor | None, ...]:
         gradient, places, places_of_hidden = ctx.saved_tensors
-        rows, length, width = ctx.hidden_shape
         factors = grad.flatten().index_select(0, places).unsqueeze(-1)
-        whole = gradient.new_zeros(rows * length, width)
-        whole.index_copy_(0, places_of_hidden, (gradient * factors).to(gradient.dtype))
-        return whole.view(rows, length, width), None, None, None
+        whole = gradient.new_zeros(ctx.hidden_shape)
+        whole.view(-1, whole.shape[-1]).index_copy_(0, places_of_hidden, (gradient * factors).to(gradient.dtype))
+        return whole, None, None, None
 
 
 def _score_tile(
@@ -141,6 +149,6 @@ def _wide_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float32 if x.element_size() < torch.float32.itemsize else x.dtype
 
 
-def _spread(values: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _spread(values: torch.Tensor, places: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """``values`` at ``places`` of zeros in ``shape``."""
-    return values.new_zeros(shape[0] * shape[1]).index_copy_(0, places, values).view(shape)
+    return values.new_zeros(shape.numel()).index_copy_(0, places, values).view(shape)

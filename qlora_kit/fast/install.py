@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-PIECES = ("projections", "mlp", "segments", "head")
+PIECES = ("projections", "mlp", "segments", "head", "unpadding")
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """transformers' model types whose decoder layers are known, and how their classes' names begin."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,8 +67,9 @@ class FastPath:
         logger.info("train.fast: %s", f"fused are {used}" if used else "nothing is fused")
         left = [piece for piece in self.pieces if piece.reason is not None]
         if left:
-            # On a GPU, segments are always left: nobody could do anything about it.
-            level = logging.INFO if all(piece.name == "segments" for piece in left) else logging.WARNING
+            # On a GPU, segments are always left: nobody could do anything about it. Dropout is a choice.
+            harmless = ("segments", "unpadding")
+            level = logging.INFO if all(piece.name in harmless for piece in left) else logging.WARNING
             told = ", ".join(f"{_left(piece)} ({piece.reason})" for piece in left)
             logger.log(level, "train.fast leaves plain, which is slower and not wrong: %s", told)
 
@@ -141,6 +142,11 @@ def _install(
             head = FastHead(base.lm_head)
             replace(base, "lm_head", head)
         found.append(_piece("head", [refused]))
+    if "unpadding" in pieces:
+        refused = _unpadding_refusal(base, head)
+        if head is not None and refused is None:
+            head.unpads = True
+        found.append(_piece("unpadding", [refused]))
     return tuple(found), head
 
 
@@ -215,4 +221,15 @@ def _head_refusal(base: PreTrainedModel) -> str | None:
         return "the head is trained"
     if base.lm_head.weight.dtype != base.dtype:
         return f"the head is in {base.lm_head.weight.dtype}"
+    return None
+
+
+def _unpadding_refusal(base: PreTrainedModel, head: FastHead | None) -> str | None:
+    if head is None:
+        return "it needs the piece head"
+    if base.config._attn_implementation != SEGMENTS:
+        return "it needs the piece segments"
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in base.modules())
+    if drops or base.config.to_dict().get("attention_dropout"):
+        return "dropout would draw other masks than with padding"
     return None

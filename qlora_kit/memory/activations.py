@@ -26,7 +26,7 @@ def checkpoint_bytes(workload: Workload) -> int:
 
 def shared_bytes(workload: Workload) -> int:
     """Once for all blocks: cosines and sines of the positions, and the boolean mask where there is one."""
-    positions = workload.tokens if workload.packing else workload.length
+    positions = workload.tokens if workload.in_one_row else workload.length
     mask = _mask_cells(workload) if workload.masked else 0
     return 2 * workload.compute_bytes * positions * workload.architecture.head_dim + mask
 

@@ -25,11 +25,11 @@ def is_fused(workload: Workload, pairs: Sequence[Pair], half: tuple[str, ...]) -
 def attention_bytes(workload: Workload, pairs: Sequence[Pair]) -> int:
     """Of the projections: the hidden states before the norm, its factor, and A's outputs. SDPA's own is not in it.
 
-    Packed conversations are attended to one by one, so that ``o_proj`` keeps their outputs once more, put together.
+    Rows in one sequence are attended to one by one, so that ``o_proj`` keeps their outputs once more, put together.
     """
     architecture = workload.architecture
     queries = architecture.heads * architecture.head_dim
-    copy = workload.compute_bytes * queries * workload.tokens if workload.packing and not workload.masked else 0
+    copy = workload.compute_bytes * queries * workload.tokens if workload.in_one_row and not workload.masked else 0
     return _half_bytes(workload, pairs, ATTENTION) + copy
 
 

@@ -158,6 +158,12 @@ class Workload:
             return False
         return self.rows > 1 or self.packing or (window is not None and self.length >= window)
 
+    @property
+    def in_one_row(self) -> bool:
+        """Whether the layers see a micro-batch as one sequence: packed or, on the fused path, without its padding."""
+        unpadded = self.fused_head and not self.dropout and self.architecture.sliding_window is None and self.rows > 1
+        return self.packing or unpadded
+
     def with_(self, **changes: Any) -> Workload:
         """The same run with other settings."""
         return replace(self, **changes)
