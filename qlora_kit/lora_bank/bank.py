@@ -98,7 +98,7 @@ class LoraBank:
         else:
             self._index.copy_(slots)
         for group in self._groups:
-            group.index = self._index
+            group.choice = self._index
 
     @property
     def bytes(self) -> int:

@@ -50,14 +50,12 @@ class SharedInput:
 
     Attributes:
         names: The layers' names in the base, in the order in which they are called.
-        choice: Which slots the next forward pass uses; None for the base.
-        index: The rows' slots in place of ``choice``, for a compiled pass; None elsewhere.
+        choice: Which slots the next forward pass uses; for a compiled pass a tensor of them; None for the base.
     """
 
     def __init__(self, layers: Mapping[str, torch.nn.Linear]) -> None:
         self.names = tuple(layers)
-        self.choice: Choice | None = None
-        self.index: torch.Tensor | None = None
+        self.choice: Choice | torch.Tensor | None = None
         first = next(iter(layers.values()))
         self._in_features = first.in_features
         self._out_features = tuple(layer.out_features for layer in layers.values())
@@ -67,7 +65,9 @@ class SharedInput:
         self._b: list[torch.Tensor | None] = [None] * len(layers)  # (slots, rank, out) each
         self._last = len(layers) - 1
         self._picked: _Picked | None = None
-        self._alone: torch.Tensor | None = None  # the picked B's of a layer that shares its input with none
+        self._alone: tuple[torch.Tensor, torch.Tensor] | None = (
+            None  # what a layer that shares its input with none picked
+        )
         self._input: torch.Tensor | None = None  # what the changes below were computed for
         self._changes: tuple[_Change | None, ...] = ()
 
@@ -122,10 +122,14 @@ class SharedInput:
 
     def choose(self, choice: Choice | None) -> None:
         """Which slots the next forward passes use; None for the base."""
-        self.choice, self.index = choice, None
+        self.choice = choice
         self._picked = None if choice is None else choice.kept.get(id(self))
-        self._alone = None if self._picked is None or self._last > 0 else self._picked[1][0]
+        self._set_alone()
         self._input, self._changes = None, ()
+
+    def _set_alone(self) -> None:
+        b = None if self._picked is None or self._last > 0 else self._picked[1][0]
+        self._alone = None if self._picked is None or b is None else (self._picked[0], b)
 
     def add(self, position: int, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """``out`` with the rows' changes in it, in place.
@@ -135,16 +139,18 @@ class SharedInput:
             x: Its input.  # (B, T, in)
             out: The base's output.  # (B, T, out)
         """
-        if self.index is not None:
-            return self._add_indexed(position, x, out, self.index)
-        if self._alone is not None and self._picked is not None:  # nothing to share: the short way
-            return out.baddbmm_(torch.bmm(x, self._picked[0]), self._alone)
+        alone = self._alone
+        if alone is not None:  # nothing to share: the short way
+            return out.baddbmm_(torch.bmm(x, alone[0]), alone[1])
         if self._input is not x:
-            if self._a is None or self.choice is None:
+            choice = self.choice
+            if self._a is None or choice is None:
                 return out
-            if isinstance(self.choice.rows, int):
-                return self._add_one(position, x, out, self.choice.rows)
-            self._input, self._changes = x, self._multiplied(x, self.choice)
+            if not isinstance(choice, Choice):
+                return self._add_indexed(position, x, out, choice)
+            if isinstance(choice.rows, int):
+                return self._add_one(position, x, out, choice.rows)
+            self._input, self._changes = x, self._multiplied(x, choice)
         change = self._changes[position]
         if position == self._last:  # hold on to nothing
             self._input, self._changes = None, ()
@@ -186,7 +192,7 @@ class SharedInput:
         size = a.nbytes + sum(b.nbytes for b in bs if b is not None)
         if choice.is_kept and choice.kept_bytes + size <= KEPT_BYTES:
             self._picked = choice.kept[id(self)] = picked
-            self._alone = bs[0] if self._last == 0 else None
+            self._set_alone()
             choice.kept_bytes += size
         return picked
 
@@ -197,9 +203,9 @@ class BankedLinear(torch.nn.Linear):
     seat: tuple[SharedInput, int]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = super().forward(x)
+        out = torch.nn.functional.linear(x, self.weight, self.bias)
         group, position = self.seat
-        return out if group.choice is None and group.index is None else group.add(position, x, out)
+        return out if group.choice is None else group.add(position, x, out)
 
 
 class BankedLinear4bit(Linear4bit):
@@ -210,7 +216,7 @@ class BankedLinear4bit(Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = super().forward(x)
         group, position = self.seat
-        return out if group.choice is None and group.index is None else group.add(position, x, out)
+        return out if group.choice is None else group.add(position, x, out)
 
 
 def install(model: torch.nn.Module) -> dict[str, BankedLinear | BankedLinear4bit]:
