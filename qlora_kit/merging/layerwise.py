@@ -189,9 +189,6 @@ def _stream_weights(model: PreTrainedModel, names: _Names, adjust: Adjust | None
         else:
             module.register_forward_pre_hook(partial(_fill, names.weights, tensors, adjust, device))
         module.register_forward_hook(_empty)
-    for modules_in_turn in (module for module in modules.values() if isinstance(module, torch.nn.ModuleList)):
-        for layer in modules_in_turn:
-            layer.register_forward_hook(lambda module, inputs, output: give_back_freed_memory())
     weight = names.tensor_of(f"{head_name}.weight", head.weight.shape)
     bias = None if head.bias is None else names.tensor_of(f"{head_name}.bias", head.bias.shape)
     selected: list[tuple[int, int]] = []
@@ -249,6 +246,7 @@ def _look_up(
 def _empty(module: torch.nn.Module, inputs: Any, output: Any) -> None:
     for key, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, key, _parameter(parameter.to("meta")))
+    give_back_freed_memory()
 
 
 def _streamed_head(
