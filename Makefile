@@ -18,7 +18,7 @@ demo: $(VENV)/installed      ## train two adapters, compare, swap, merge (a few 
 test: $(VENV)/installed      ## the whole test suite but what is marked slow, gpu or faults
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not faults" --numprocesses auto --dist loadfile
 
-faults: $(VENV)/installed    ## every fault in training, merging and serving that the kit claims to survive (about half an hour)
+faults: $(VENV)/installed    ## every fault in training, merging and serving that the kit claims to survive (about 20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kill_run.py --json runs/faults.json
 
