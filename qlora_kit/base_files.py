@@ -99,7 +99,21 @@ def require_supported_quantization(config: Mapping[str, Any], where: str) -> Non
     )
 
 
+def _refuse_other_things(base: str) -> None:
+    """Refuse a file, which no Hub id can mean here, and the folder of an adapter alone."""
+    expected = f"{TINY!r}, a base's folder with config.json, or an id such as Qwen/Qwen2.5-7B-Instruct"
+    path = Path(base)
+    if os.path.isfile(path):  # never raises, whatever the text
+        fix = "give the base that the file names (model.base of a config), or its folder"
+        raise BaseModelError(f"{base}: is a file, not a base", expected=expected, fix=fix)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
+        fix = f"give the adapter's base; `qlora-kit adapters show {base}` names it"
+        raise BaseModelError(f"{base}: is an adapter, not a base", expected=expected, fix=fix)
+
+
 def _find(base: str, revision: str | None, hub_files: list[str]) -> BaseRef:
+    if base != TINY:
+        _refuse_other_things(base)
     if base == TINY or Path(base).is_dir():
         _refuse_revision(base, revision)
         ref = BaseRef(TINY, TINY_FOLDER) if base == TINY else BaseRef(os.path.abspath(base), Path(base))

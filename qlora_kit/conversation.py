@@ -90,10 +90,13 @@ class Example:
 
 
 class DataFault(ValueError):
-    """One record, or the columns of all, cannot be used; the three parts, without the file (the caller knows it)."""
+    """One record, or the columns of all, cannot be used; the three parts, without the file (the caller knows it).
 
-    def __init__(self, what: str, *, expected: str, fix: str) -> None:
-        self.what, self.expected, self.fix = what, expected, fix
+    ``line`` is where the columns of all go wrong, if one line shows it.
+    """
+
+    def __init__(self, what: str, *, expected: str, fix: str, line: int | None = None) -> None:
+        self.what, self.expected, self.fix, self.line = what, expected, fix, line
         super().__init__(f"{what}\n  expected: {expected}\n  do: {fix}")
 
 

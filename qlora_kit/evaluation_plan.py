@@ -193,12 +193,19 @@ def task_config(task: str, adapter_folder: Path | None = None) -> RunConfig:
     if path.is_file():
         return _load_config_of(task, path)
     beside = "" if adapter_folder is None else f"{adapter_folder / RUN_CONFIG_FILE} or "
-    known = {*TASKS, *(file.stem for file in CONFIG_FOLDER.glob("*.yaml"))}
+    known = {*TASKS, *(file.stem for file in CONFIG_FOLDER.glob("*.yaml") if _is_of_its_name(file))}
     raise ConfigError(
         f"no config says how to score the task {task!r}",
         expected=f"{beside}{path} in the current folder, one of {', '.join(sorted(known))}",
-        fix=f"did you mean another? {advice(task, known)}" if task not in known else "run it where configs/ lies",
+        fix=advice(task, known) if task not in known else "run it where configs/ lies",
     )
+
+
+def _is_of_its_name(path: Path) -> bool:
+    try:
+        return load_config(path).task == path.stem
+    except QloraKitError:
+        return False
 
 
 def _load_config_of(task: str, path: Path) -> RunConfig:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from qlora_kit.conversation import DataFault
 from qlora_kit.formats import FORMATS, PLAIN_TEXT, TASK_COLUMNS
+from qlora_kit.suggest import nearest
 from qlora_kit.tasks import Task
 
 
@@ -33,6 +34,21 @@ def _columns_of_formats(task: Task) -> str:
     return f"the columns of one format: {', '.join(known)}"
 
 
+def _renaming(columns: Sequence[str], task: Task) -> str:
+    """Which columns to rename: those nearest to what a format lacks, where that makes it whole."""
+    for entry in FORMATS.values():
+        required = entry.required(task) if entry.name != PLAIN_TEXT else ()
+        spare = [column for column in columns if column not in required]
+        names = {column: nearest(column, spare) for column in required if column not in columns}
+        if names and None not in names.values() and len(set(names.values())) == len(names):
+            pairs = ", ".join(f"{near!r} to {column!r}" for column, near in names.items())
+            return f"did you mean the format {entry.name}? rename {pairs}"
+    return (
+        "rename the columns (a CSV names them in its first line), or set data.prompt and data.completion to "
+        "templates of your columns"
+    )
+
+
 def detect_format(rows: Iterable[Iterable[str]], task: Task, *, lines: Iterable[int] | None = None) -> str:
     """The one format of all rows, found over all of them and not from the first.
 
@@ -47,22 +63,23 @@ def detect_format(rows: Iterable[Iterable[str]], task: Task, *, lines: Iterable[
         DataFault: There are no rows, no row fits a format, the formats are mixed, or one row fits several.
     """
     first_lines: dict[tuple[str, ...], int] = {}
-    seen: dict[frozenset[str], int] = {}
+    seen: dict[frozenset[str], tuple[int, tuple[str, ...]]] = {}
     for number, row in enumerate(rows, start=1) if lines is None else zip(lines, rows, strict=True):
-        columns = frozenset(row)
+        ordered = tuple(row)
+        columns = frozenset(ordered)
         if columns not in seen:
-            seen[columns] = number
+            seen[columns] = number, ordered
             first_lines.setdefault(_formats_of(columns, task), number)
     if not seen:
         raise DataFault("there are no rows", expected="at least one row", fix="give a file that is not empty")
     fitting = {formats: line for formats, line in first_lines.items() if formats}
     if not fitting:
-        columns, line = next(iter(seen.items()))
+        line, ordered = next(iter(seen.values()))
         raise DataFault(
-            f"line {line}: the columns {', '.join(map(repr, sorted(columns))) or '(none)'} fit no format",
+            f"the columns {', '.join(map(repr, ordered)) or '(none)'} fit no format",
             expected=_columns_of_formats(task),
-            fix="rename the columns (a CSV names them in its first line), or set data.prompt and data.completion to "
-            "templates of your columns",
+            fix=_renaming(ordered, task),
+            line=line,
         )
     if len(fitting) > 1:
         samples = ", ".join(f"{' or '.join(formats)} (line {line})" for formats, line in fitting.items())
@@ -70,9 +87,10 @@ def detect_format(rows: Iterable[Iterable[str]], task: Task, *, lines: Iterable[
     (formats, line), *_ = fitting.items()
     if len(formats) > 1:
         raise DataFault(
-            f"line {line}: the columns fit several formats: {', '.join(formats)}",
+            f"the columns fit several formats: {', '.join(formats)}",
             expected="columns of one format",
             fix=f"set data.format to one of {', '.join(formats)}",
+            line=line,
         )
     return formats[0]
 

@@ -220,9 +220,17 @@ def _own_messages(record: Mapping[str, Any], format: str, task: Task) -> list[Me
         raise DataFault(
             f"the answer {answer!r} is not a label of the task {task.name}",
             expected=f"one of {', '.join(task.labels)}",
-            fix=f"{advice(answer, task.labels)} (for other labels, set data.completion)",
+            fix=f"{advice(answer, task.labels)} ({_other_labels(format)})",
         )
     return messages
+
+
+def _other_labels(format: str) -> str:
+    """How to use labels that the task does not know; only its own columns are put into words by a template."""
+    if format == TASK_COLUMNS:
+        return "for other labels, set data.completion"
+    own = f"task: my_labels, data.format: {format}, eval.metrics: [accuracy]"
+    return f"for other labels, name a task of your own: {own}"
 
 
 def _with_task_prompt(messages: list[Message], task: Task) -> tuple[Message, ...]:

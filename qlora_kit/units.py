@@ -22,6 +22,11 @@ def in_units(count_bytes: float) -> str:
     return f"{count_bytes / 2**10:.0f} KiB" if count_bytes >= 2**10 else f"{count_bytes:.0f} bytes"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: ``1 step``, ``2,000 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def in_time(seconds: float) -> str:
     """A duration for people: seconds, minutes or hours."""
     if seconds < 90:

@@ -284,6 +284,15 @@ def test_folders_that_are_no_adapters_are_neither_replaced_nor_deleted(tmp_path:
     assert os.listdir(tmp_path / "data") == ["mine.csv"]
 
 
+def test_no_adapter_is_called_as_its_base(store: AdapterStore) -> None:
+    shipped = Path(__file__).parents[1] / "adapters" / "sentiment"
+    store.add(shipped, "a")
+    with pytest.raises(AdapterError, match="the name of the adapter's base"):
+        store.add(shipped, "Tiny")
+    with pytest.raises(AdapterError, match="the name of the adapter's base"):
+        store.rename("a", "tiny")
+
+
 def test_no_adapter_is_called_base(store: AdapterStore, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     store.add(run, "a")

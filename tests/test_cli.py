@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,56 @@ def test_data_prints_its_report_of_bad_rows_too(
     assert f"{problem['reason']}\n  expected: " in report.err
 
 
+def test_faults_are_told_once_and_alike_ones_together(
+    command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "Good?"}, {"from": "gpt", "value": "joy"}]
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps({'conversations': turns})}\n" * 3)
+    found = command("data", run_yaml, f"data.train={tmp_path}/bad.jsonl")
+    assert (found.code, found.out.count("joy"), found.err.count("'joy' is not a label")) == (2, 0, 3)
+    assert found.err.count("one of positive, negative, neutral") == 1
+    (own,) = re.findall(r"task: (\w+), data.format: (\w+), eval.metrics: (\[\w+\])", found.err)
+    advice = (f"task={own[0]}", f"data.format={own[1]}", f"eval.metrics={own[2]}")
+    others = ("data.validation=[]", "data.test=[]", "data.on_error=stop")
+    assert command("data", run_yaml, f"data.train={tmp_path}/bad.jsonl", *others, *advice).code == 0
+
+
+def test_no_table_where_nothing_was_read(command: Callable[..., Outcome], run_yaml: Path) -> None:
+    found = command("data", run_yaml, "data.train=nope.csv", "data.validation=[]", "data.test=[]")
+    refused(found, "nope.csv: the file does not exist")
+    assert "supervised tokens" not in found.out and found.err.count("nope.csv") == 1
+
+
+def test_the_version_is_the_installed_ones(command: Callable[..., Outcome]) -> None:
+    asked = command("--version")
+    assert (asked.code, asked.out) == (0, f"qlora-kit {version('qlora-kit')}\n")
+    code = "import sys\nfrom qlora_kit.cli import main\ntry: main(['--version'])\nfinally: print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "pydantic", "numpy"} & set(loaded)
+
+
+def test_an_unknown_task_is_told_with_the_tasks_that_there_are(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    found = command("eval", "--task", "nope")
+    refused(found, "the task 'nope'", "one of code_generation, question_answering, sentiment, ")
+    assert "qwen" not in found.err and "did you mean another" not in found.err
+
+
+def test_a_merge_does_not_go_into_the_store(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(ROOT / "adapters" / "sentiment", store / "sentiment")
+    refused(command("merge", "sentiment", "--store", store, "--out", store / "merged"), "lies in the adapter store")
+    assert not (store / "merged").exists()
+
+
+def test_what_is_no_base_is_told_by_what_it_is(command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path) -> None:
+    refused(command("info", run_yaml), f"{run_yaml}: is a file, not a base")
+    refused(command("info", ROOT / "adapters" / "sentiment"), "is an adapter, not a base", "adapters show")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "export_report.json").write_text("{}")
+    refused(command("export", "exported", "--to", "ollama", "--out", "again"), "is the folder of an export")
+
+
 def test_train_prints_its_result(command: Callable[..., Outcome], run_yaml: Path, tmp_path: Path) -> None:
     changes = ("output_dir=run", "train.max_steps=2", "train.save_strategy=no")
     first = command("train", run_yaml, *changes, "--json")
@@ -128,6 +179,16 @@ def test_train_prints_its_result(command: Callable[..., Outcome], run_yaml: Path
     plots = {path.name for path in (tmp_path / "run").glob("*.png")}
     assert plots == ({"loss.png", "learning_rate.png", "grad_norm.png", "row_lengths.png"} if can_plot() else set())
     refused(command("train", run_yaml, *changes), "run is occupied", "--resume", "--overwrite", "output_dir=")
+
+
+def test_a_finished_run_says_so_when_resumed(command: Callable[..., Outcome], run_yaml: Path) -> None:
+    every = ("train.eval_strategy=steps", "train.eval_steps=1", "train.save_strategy=steps", "train.save_steps=1")
+    changes = ("output_dir=run", "train.max_steps=1", *every)
+    first = command("train", run_yaml, *changes)
+    assert first.code == 0 and "run: 1 step in " in first.out, first.err
+    again = command("train", run_yaml, *changes, "--resume")
+    assert again.code == 0 and "run: was already finished, 1 step; nothing was trained" in again.out, again.err
+    assert "tokens/s" not in again.out
     again = command("train", run_yaml, *changes, "--overwrite")
     assert again.code == 0
     assert again.out.splitlines()[1] == "48 training rows; 0 rows dropped, cut or double"

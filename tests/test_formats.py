@@ -88,8 +88,8 @@ def test_detection_looks_at_all_rows() -> None:
     [
         ([], "there are no rows"),
         ([SAME["alpaca"], SAME["alpaca"], SAME["messages"]], "mixed formats: alpaca (line 2), messages (line 6)"),
-        ([{"a": 1, "b": 2}], "line 2: the columns 'a', 'b' fit no format"),
-        ([SAME["messages"] | SAME["alpaca"]], "line 2: the columns fit several formats: messages, alpaca"),
+        ([{"a": 1, "b": 2}], "the columns 'a', 'b' fit no format"),
+        ([SAME["messages"] | SAME["alpaca"]], "the columns fit several formats: messages, alpaca"),
     ],
 )
 def test_detection_faults(rows: list[dict[str, Any]], message: str) -> None:

@@ -15,8 +15,9 @@ from qlora_kit.adapters.contract import (
 from qlora_kit.adapters.contract_file import CONTRACT_FILE
 from qlora_kit.adapters.fingerprint import base_fingerprint, weights_sha256
 from qlora_kit.adapters.gate import AdapterFiles, LoraPair, check_adapter_folder
+from qlora_kit.adapters.names import check_name
 from qlora_kit.adapters.snapshot import AdapterSnapshot, read_adapter
-from qlora_kit.adapters.store import AdapterStore, StoreListing, check_name
+from qlora_kit.adapters.store import AdapterStore, StoreListing
 
 __all__ = [
     "CONTRACT_FILE",

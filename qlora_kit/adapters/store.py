@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,6 +15,7 @@ from qlora_kit.adapters.card import AdapterCard, AdapterDetails, own_files, read
 from qlora_kit.adapters.contract import AdapterContract
 from qlora_kit.adapters.contract_file import CONTRACT_FILE, read_contract_json, write_contract_json
 from qlora_kit.adapters.gate import CONFIG_FILE, WEIGHTS_FILE, check_adapter_folder, require_regular_file
+from qlora_kit.adapters.names import check_name, is_name, require_unambiguous
 from qlora_kit.atomic import (
     atomic_directory,
     discard_directory,
@@ -29,11 +29,7 @@ from qlora_kit.safetensors_header import shown
 
 DEFAULT_STORE = Path("adapters")
 MAX_TEXT_BYTES = 16_000_000
-NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
-"""What a run, a task and an adapter may be called."""
-_NAME = re.compile(NAME_PATTERN)
 LOCK_FILE = ".lock"
-_BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -47,21 +43,6 @@ class StoreListing:
 # `list` means the method inside the class.
 _Cards = list[AdapterCard]
 _Names = list[str]
-
-
-def check_name(name: str) -> str:
-    """Return ``name`` if it may name an adapter.
-
-    Raises:
-        AdapterError: It may not.
-    """
-    if _NAME.fullmatch(name) is None:
-        raise AdapterError(
-            f"{shown(name)} cannot name an adapter",
-            expected="1 to 64 letters, digits, - and _, the first a letter or digit",
-            fix="choose such a name, for example sentiment-v2",
-        )
-    return name
 
 
 class AdapterStore:
@@ -91,7 +72,7 @@ class AdapterStore:
 
     def names(self) -> _Names:
         """Names of the folders in the store, sorted; nothing in them is read."""
-        return [name for name in self._entries() if _NAME.fullmatch(name)]
+        return [name for name in self._entries() if is_name(name)]
 
     def list(self) -> _Cards:
         """The cards of all usable adapters, by name; ``problems`` tells of the others."""
@@ -111,7 +92,7 @@ class AdapterStore:
             AdapterError: Neither is there; the nearest names are suggested.
         """
         text = str(name_or_folder)
-        if isinstance(name_or_folder, str) and _NAME.fullmatch(text):
+        if isinstance(name_or_folder, str) and is_name(text):
             path = self.root / text
             if os.path.isdir(path) or text in self._entries():
                 self._refuse_link(path)
@@ -164,6 +145,7 @@ class AdapterStore:
             self._refuse_link(self.root / name)
             itself = self._holds(run_folder, name)
             self._refuse_collision(name, replace=replace or (itself and contract is not None))
+            _refuse_name_of_base(name, run_folder, contract)
             if itself and contract is None:
                 what = f"{run_folder}: is already the adapter {name!r} of this store"
                 fix = "give another name with --name"
@@ -218,6 +200,7 @@ class AdapterStore:
             self._refuse_collision(new, replace=False, besides=old)
             target = self.root / new
             read_details(path)  # files that are broken, or links out of the store, are left as they are
+            _refuse_name_of_base(new, path, None)
             if os.path.lexists(path / CONTRACT_FILE):
                 _set_contract_name(path, new)
             try:
@@ -282,9 +265,7 @@ class AdapterStore:
             raise AdapterError(f"{path}: is a symbolic link", expected="a folder inside the store", fix=fix)
 
     def _refuse_collision(self, name: str, *, replace: bool, besides: str | None = None) -> None:
-        if name.casefold() == _BASE:
-            what = f"{name!r} means the base alone, in files of prompts and in the chat"
-            raise AdapterError(what, expected="a name that no request could mean otherwise", fix="give another name")
+        require_unambiguous(name)
         for other in self._entries():
             if other == name and not replace:
                 fix = "give another name, delete that adapter first, or give --replace (not with `adapters rename`)"
@@ -341,6 +322,12 @@ def _copy_own_files(source: Path, target: Path, *, omit: Collection[str]) -> Non
                 what = f"{source / name}: the file is too large"
                 raise AdapterError(what, expected=f"at most {MAX_TEXT_BYTES} bytes", fix="shorten or delete the file")
             shutil.copyfileobj(file, copy)
+
+
+def _refuse_name_of_base(name: str, folder: Path, contract: AdapterContract | None) -> None:
+    if contract is None and not os.path.lexists(folder / CONTRACT_FILE):
+        return
+    require_unambiguous(name, base=(AdapterContract.load(folder) if contract is None else contract).base.id)
 
 
 def _set_contract_name(folder: Path, name: str) -> None:

@@ -20,7 +20,7 @@ from qlora_kit.adapters import (
 )
 from qlora_kit.adapters.card import RUN_CONFIG_FILE
 from qlora_kit.adapters.contract_file import ADOPTED, COMBINED, TRAINED
-from qlora_kit.adapters.store import NAME_PATTERN
+from qlora_kit.adapters.names import NAME_PATTERN
 from qlora_kit.base_files import BaseRef, read_model_config, resolve_base, resolve_description
 from qlora_kit.base_layout import read_layout
 from qlora_kit.config import QuantizationSection, RunConfig, load_config

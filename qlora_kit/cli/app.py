@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -88,11 +88,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(error.exit_code)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"qlora-kit {version('qlora-kit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    pass
+
+
 def _print_error(error: QloraKitError) -> None:
-    for number, fault in enumerate(error.faults):
+    """The faults; alike ones stand together, with what was expected and what to do said once."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for fault in error.faults:
+        alike.setdefault((fault.expected, fault.fix), []).append(fault.what)
+    for number, ((expected, fix), whats) in enumerate(alike.items()):
         if number:
             print(file=sys.stderr)
-        print(f"error: {fault}", file=sys.stderr)
+        lines = [*(f"error: {what}" for what in whats), f"  expected: {expected}", f"  do: {fix}"]
+        print("\n".join(lines), file=sys.stderr)
 
 
 def _quiet_libraries() -> None:

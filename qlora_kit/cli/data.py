@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_kit.cli.output import JsonOption, in_time, print_json, stdout_console
+from qlora_kit.cli.output import JsonOption, counted, in_time, print_json, stdout_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,8 @@ def _show(config: Path, found: DataCheck, *, max_length: int) -> None:
     from qlora_kit.data.ledger import locate
 
     console = stdout_console()
-    _show_counts(console, config, found)
+    if found.data.ledger.rows.total():
+        _show_counts(console, config, found)
     for split, lengths in found.lengths.items():
         _show_lengths(console, split, lengths, max_length=max_length)
         if split == "train":
@@ -71,7 +72,8 @@ def _show(config: Path, found: DataCheck, *, max_length: int) -> None:
     if found.previews:
         console.rule()
         console.print("«...» is supervised; control tokens are underlined", markup=False)
-    problems = found.data.report.problems
+    told = set(found.data.stopping)  # the error at the end tells these
+    problems = [problem for problem in found.data.report.problems if problem not in told]
     for problem in problems[:SHOWN_PROBLEMS]:
         console.print(f"{locate(problem.file, problem.line)}: {problem.reason}", markup=False, soft_wrap=True)
     if len(problems) > SHOWN_PROBLEMS:
@@ -88,7 +90,8 @@ def _show_counts(console: Console, config: Path, found: DataCheck) -> None:
     ledger = found.data.ledger
     splits = [split for split in ("train", "validation", "test") if ledger.rows[split]]
     title = f"{config}{'' if not found.data.from_cache else ' (tokenised before, nothing has changed)'}"
-    table = Table(title=Text(title, "table.title"), box=SIMPLE_HEAD, pad_edge=False)
+    console.print(Text(title, "table.title"), soft_wrap=True)  # a title of the table would be broken to its width
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for split in splits:
         table.add_column(split, justify="right")
@@ -125,7 +128,7 @@ def _estimate_line(found: DataCheck) -> str:
     estimate = found.estimate
     if estimate is None:
         return ""
-    text = f"training: {estimate.steps:,} steps, {estimate.tokens:,} tokens through the model"
+    text = f"training: {counted(estimate.steps, 'step')}, {estimate.tokens:,} tokens through the model"
     if estimate.seconds is None or estimate.tokens_per_second is None:
         return f"{text}; its time is known once a run on this base and device was measured"
     speed = f"{estimate.tokens_per_second:,.0f} tokens/s"

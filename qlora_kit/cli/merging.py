@@ -11,7 +11,7 @@ from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapters import StoreOption
 from qlora_kit.cli.output import JsonOption, counting_bytes, in_units, print_json, say, stdout_console
 from qlora_kit.cli.sampling import BaseOption
-from qlora_kit.errors import ConfigError
+from qlora_kit.errors import ConfigError, OutputError
 from qlora_kit.units import parse_size
 
 if TYPE_CHECKING:
@@ -63,6 +63,12 @@ def merge(
             fix="give the name of an adapter (`qlora-kit adapters list`) or its folder",
         )
     folder = None if adapter is None else AdapterStore(store).get(adapter)
+    if out.resolve().parent == store.resolve():
+        raise OutputError(
+            f"{out}: lies in the adapter store {store}, where a whole model is no adapter",
+            expected="a folder outside of it",
+            fix=f"give another one with --out, such as merged/{out.name}",
+        )
     say("writing the trained base" if base_only else f"merging {folder}")
     from qlora_kit.merging import merge_adapter, write_trained_base
     from qlora_kit.merging.onto import parse_onto, parse_onto_of_base

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qlora_kit.units import counted as counted
 from qlora_kit.units import in_time as in_time
 from qlora_kit.units import in_units as in_units
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_kit.cli.data import ConfigArgument, OverridesArgument
-from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stderr_console, stdout_console
+from qlora_kit.cli.output import JsonOption, counted, in_units, print_json, say, stderr_console, stdout_console
 from qlora_kit.cli.training_progress import training_display
 from qlora_kit.launched import is_main_process
+
+if TYPE_CHECKING:
+    from qlora_kit.training import TrainResult
 
 
 def train(
@@ -52,10 +55,8 @@ def train(
     if result.stop_rate is not None:
         validation += f", {result.stop_rate:.0%} of the answers to validation prompts end by themselves"
     stdout_console().print(
-        f"{result.output_dir}: {result.steps} steps in {result.seconds:.0f} s, "
-        f"{result.tokens_per_second:,.0f} tokens/s, loss {result.train_loss:.4f}{validation}, "
-        f"peak memory {in_units(result.peak_bytes)}\n"
-        f"{result.rows:,} training rows; {result.dropped_rows:,} rows dropped, cut or double"
+        f"{result.output_dir}: {_course(result)}{validation}, peak memory {in_units(result.peak_bytes)}\n"
+        f"{counted(result.rows, 'training row')}; {counted(result.dropped_rows, 'row')} dropped, cut or double"
         f"{f', listed in {result.output_dir}/ledger.jsonl' if result.dropped_rows else ''}\n"
         f"see it: {result.output_dir}/report.html{plots}\n"
         f"publish it: qlora-kit adapters add {result.output_dir}",
@@ -64,10 +65,18 @@ def train(
     )
 
 
+def _course(result: TrainResult) -> str:
+    """Steps, time, speed and loss; of a run that had nothing left to do, that it was finished."""
+    steps = counted(result.steps, "step")
+    if result.resumed_from is not None and Path(result.resumed_from).name == f"checkpoint-{result.steps}":
+        return f"was already finished, {steps}; nothing was trained"
+    return f"{steps} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss {result.train_loss:.4f}"
+
+
 def _plots(folder: Path) -> str:
     """Write the curves as PNG files where matplotlib is installed; what to say of them."""
     from qlora_kit.report import can_plot, write_plots
 
     if not can_plot():
         return ""
-    return f" and {len(write_plots(folder))} PNG files beside it"
+    return f" and {counted(len(write_plots(folder)), 'PNG file')} beside it"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr
 
-from qlora_kit.adapters.store import NAME_PATTERN
+from qlora_kit.adapters.names import NAME_PATTERN
 from qlora_kit.config.sections import (
     DataSection,
     EvalSection,

@@ -266,9 +266,12 @@ def _value_problems(field: SftField, value: Any) -> list[Problem]:
         return []  # pydantic checks it
     path = ("train", field.name)
     if not field.accepts(value):
-        fix = (
-            advice(value, field.choices) if isinstance(value, str) and field.choices else f"correct train.{field.name}"
-        )
+        if field.name == "optim" and value in ("adam", "adamw"):
+            fix = "did you mean 'adamw_torch'?"
+        elif isinstance(value, str) and field.choices:
+            fix = advice(value, field.choices)
+        else:
+            fix = f"correct train.{field.name}"
         return [Problem(path, f"is {value!r}", field.expected, fix)]
     if (field.name, value) == ("packing_strategy", "wrapped"):
         what = "is 'wrapped', which cuts rows in the middle"

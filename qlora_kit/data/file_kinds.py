@@ -64,7 +64,7 @@ def look_at_head(name: str, suffix: str, file: BinaryIO) -> Note | Problem | Non
         return None if head.startswith(b"PAR1") else _no_parquet(name, head)
     encoding = next((form for mark, form in _WIDE_MARKS.items() if head.startswith(mark)), None)
     if encoding is not None:
-        fix = f"convert the file: iconv -f {encoding} -t UTF-8 {name}"
+        fix = f"convert the file: iconv -f {encoding} -t UTF-8 {name} > utf8{suffix}"
         return _whole(name, f"the file is {encoding} (by its byte order mark)", "UTF-8 text", fix)
     for magic, (kind, fix) in _OTHER_KINDS.items():
         if head.startswith(magic):
@@ -72,7 +72,7 @@ def look_at_head(name: str, suffix: str, file: BinaryIO) -> Note | Problem | Non
     if suffix != ".txt" and _WEB_PAGE.match(head.removeprefix(codecs.BOM_UTF8)):
         return _web_page(name)
     if head.count(b"\0") > len(head) // 4:
-        fix = f"convert the file, for example: iconv -f UTF-16LE -t UTF-8 {name}"
+        fix = f"convert the file, for example: iconv -f UTF-16LE -t UTF-8 {name} > utf8{suffix}"
         return _whole(name, "every second byte or so is NUL, as in UTF-16 text", "UTF-8 text", fix)
     if head.startswith(codecs.BOM_UTF8):
         file.seek(len(codecs.BOM_UTF8))

@@ -19,6 +19,8 @@ from qlora_kit.formats import check_format, to_example
 
 logger = logging.getLogger(__name__)
 
+_Columns = dict[frozenset[str], tuple[int, tuple[str, ...]]]
+"""Each set of columns that rows have: the line of the first of them, and the columns in its order."""
 DETECTED_ROWS = 1000  # rows that are looked at before the first is converted; all others are held to their format
 
 
@@ -164,7 +166,7 @@ class Examination:
             else:
                 rows += 1
                 self.ledger.rows[split.name] += 1
-                columns.setdefault(frozenset(item.values), item.line)
+                columns.setdefault(frozenset(item.values), (item.line, tuple(item.values)))
                 if format_name is None:
                     self.ledger.record(split.name, item.source, "dropped", "the format of its file is refused")
                     continue
@@ -199,27 +201,24 @@ class Examination:
             self.ledger.rows[split.name] += 1
             self.ledger.record(split.name, locate(problem.file, problem.line), "dropped", problem.reason)
 
-    def _format_of(
-        self, split: _Split, part: DataPart, source: DataSource, columns: dict[frozenset[str], int]
-    ) -> str | None:
+    def _format_of(self, split: _Split, part: DataPart, source: DataSource, columns: _Columns) -> str | None:
         """The format of a source whose rows have these columns; None where there is none, which the ledger tells."""
         if not columns:
             return None
         name = part.section.format
         try:
             if name == "auto":
-                name = detect_format(columns, part.task, lines=columns.values())
+                lines, rows = zip(*columns.values(), strict=True)
+                name = detect_format(rows, part.task, lines=lines)
             check_format(name, part.task)
             return name
         except DataFault as fault:
             self.ledger.refuse(
-                split.name, Problem(source.name, None, fault.what, fault.expected, fault.fix, stops=True)
+                split.name, Problem(source.name, fault.line, fault.what, fault.expected, fault.fix, stops=True)
             )
             return None
 
-    def _note_unused(
-        self, part: DataPart, source: DataSource, columns: dict[frozenset[str], int], format_name: str
-    ) -> None:
+    def _note_unused(self, part: DataPart, source: DataSource, columns: _Columns, format_name: str) -> None:
         unused = extra_columns(frozenset().union(*columns), format=format_name, task=part.task)
         if unused:
             self.ledger.notes.append(f"{source.name}: nothing uses the columns {', '.join(unused)}")
@@ -274,10 +273,9 @@ def _varying_text(example: Example) -> str:
     return "\n".join(message.content for message in example.messages if message.role != "system")
 
 
-def _first_lines(items: Iterator[Item] | list[Item]) -> dict[frozenset[str], int]:
-    """Each set of columns that rows have, with the line of the first of them."""
-    found: dict[frozenset[str], int] = {}
+def _first_lines(items: Iterator[Item] | list[Item]) -> _Columns:
+    found: _Columns = {}
     for item in items:
         if isinstance(item, Row):
-            found.setdefault(frozenset(item.values), item.line)
+            found.setdefault(frozenset(item.values), (item.line, tuple(item.values)))
     return found

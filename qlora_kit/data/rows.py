@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, BinaryIO
 
 from qlora_kit.conversation import MAX_ROW_BYTES
@@ -74,7 +75,7 @@ def decode_line(name: str, line: int, raw: bytes) -> str | Problem:
 def bad_encoding(name: str, line: int, error: UnicodeDecodeError) -> Problem:
     """The fault of a byte that is not UTF-8."""
     reason = f"not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start + 1}"
-    fix = f"convert the file, for example: iconv -f CP1252 -t UTF-8 {name}"
+    fix = f"convert the file, for example: iconv -f CP1252 -t UTF-8 {name} > utf8{PurePath(name).suffix}"
     return Problem(name, line, reason, "UTF-8 text", fix)
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlora_kit.adapters.store import DEFAULT_STORE, NAME_PATTERN, AdapterStore
+from qlora_kit.adapters.names import NAME_PATTERN
+from qlora_kit.adapters.store import DEFAULT_STORE, AdapterStore
 from qlora_kit.base_files import HUB_ID
 from qlora_kit.errors import AdapterError, OutputError, QloraKitError
 from qlora_kit.export.push_card import CARD_FILE, Published, published, write_card

@@ -17,6 +17,7 @@ from qlora_kit.adapters.trained_base import MAX_REPORT_BYTES
 from qlora_kit.adapters.trained_base import REPORT_FILE as MERGE_REPORT_FILE
 from qlora_kit.base_files import HUB_ID, TINY, BaseRef, read_model_config, resolve_base, resolve_description
 from qlora_kit.errors import AdapterError, BaseModelError, QloraKitError
+from qlora_kit.export.results import REPORT_FILE as EXPORT_REPORT_FILE
 from qlora_kit.merging import MergeResult, merge_adapter
 from qlora_kit.merging.onto import Onto
 from qlora_kit.prequantized import read_prequantization
@@ -108,6 +109,9 @@ def find_source(text: str, store: Path) -> ExportSource:
 
 
 def _unknown(text: str, store: Path, error: QloraKitError) -> AdapterError:
+    if (Path(text) / EXPORT_REPORT_FILE).is_file():
+        what = f"{text}: is the folder of an export, which is not exported again"
+        return AdapterError(what, expected=_KINDS_OF_SOURCES, fix="give what that export was made of")
     if Path(text).is_dir():
         what = f"{text}: the folder holds no adapter, no merged model and no base"
     else:

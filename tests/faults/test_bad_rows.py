@@ -183,7 +183,7 @@ BAD_ROWS: dict[str, tuple[str, bytes | dict[str, Any], str, str, str]] = {
         b'{"prompt": "caf\xe9", "completion": "y"}',
         "not UTF-8: byte 0xe9 at position 16",
         "UTF-8 text",
-        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.jsonl",
+        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.jsonl > utf8.jsonl",
     ),
     "a byte order mark in the middle": (
         "pairs",
@@ -880,7 +880,7 @@ BAD_FILE_ROWS: dict[str, tuple[str, bytes, str, str, str]] = {
         b"prompt,completion\na,b\nc,caf\xe9\nd,e\n",
         "rows.csv:3: not UTF-8: byte 0xe9 at position 6",
         "UTF-8 text",
-        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.csv",
+        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.csv > utf8.csv",
     ),
     "a CSV row with an empty cell": (
         "rows.csv",
@@ -942,7 +942,7 @@ BAD_FILE_ROWS: dict[str, tuple[str, bytes, str, str, str]] = {
         b"a\ncaf\xe9\nd\n",
         "rows.txt:2: not UTF-8: byte 0xe9 at position 4",
         "UTF-8 text",
-        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.txt",
+        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.txt > utf8.txt",
     ),
     "a text line with NUL": (
         "rows.txt",
@@ -994,35 +994,35 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str, str, str]] = {
         ROW.decode().encode("utf-16"),
         "rows.jsonl: the file is UTF-16 (by its byte order mark)",
         "UTF-8 text",
-        "convert the file: iconv -f UTF-16 -t UTF-8 rows.jsonl",
+        "convert the file: iconv -f UTF-16 -t UTF-8 rows.jsonl > utf8.jsonl",
     ),
     "UTF-16 without a mark": (
         "rows.csv",
         "prompt,completion\na,b\n".encode("utf-16-le"),
         "rows.csv: every second byte or so is NUL, as in UTF-16 text",
         "UTF-8 text",
-        "convert the file, for example: iconv -f UTF-16LE -t UTF-8 rows.csv",
+        "convert the file, for example: iconv -f UTF-16LE -t UTF-8 rows.csv > utf8.csv",
     ),
     "UTF-32": (
         "rows.jsonl",
         ROW.decode().encode("utf-32"),
         "rows.jsonl: the file is UTF-32 (by its byte order mark)",
         "UTF-8 text",
-        "convert the file: iconv -f UTF-32 -t UTF-8 rows.jsonl",
+        "convert the file: iconv -f UTF-32 -t UTF-8 rows.jsonl > utf8.jsonl",
     ),
     "a Windows encoding in a CSV's header": (
         "rows.csv",
         b"prompt,r\xe9ponse\na,b\n",
         "rows.csv:1: not UTF-8: byte 0xe9 at position 9",
         "UTF-8 text",
-        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.csv",
+        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.csv > utf8.csv",
     ),
     "a Windows encoding in a JSON list": (
         "rows.json",
         b'[{"prompt": "caf\xe9",\n"completion": "b"}]',
         "rows.json:1: not UTF-8: byte 0xe9 at position 17",
         "UTF-8 text",
-        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.json",
+        "convert the file, for example: iconv -f CP1252 -t UTF-8 rows.json > utf8.json",
     ),
     "gzip": (
         "rows.jsonl",
@@ -1156,7 +1156,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str, str, str]] = {
     "a CSV without a header": (
         "rows.csv",
         b"a,b\nc,d\n",
-        "rows.csv: line 2: the columns 'a', 'b' fit no format",
+        "rows.csv:2: the columns 'a', 'b' fit no format",
         (
             "the columns of one format: messages (messages), conversations (sharegpt), instruction + output "
             "(alpaca), prompt + completion (prompt_completion), english + french (task), text (text)"
@@ -1190,15 +1190,12 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str, str, str]] = {
     "a space in a CSV's column name": (
         "rows.csv",
         b"prompt, completion\na,b\n",
-        "rows.csv: line 2: the columns ' completion', 'prompt' fit no format",
+        "rows.csv:2: the columns 'prompt', ' completion' fit no format",
         (
             "the columns of one format: messages (messages), conversations (sharegpt), instruction + output "
             "(alpaca), prompt + completion (prompt_completion), english + french (task), text (text)"
         ),
-        (
-            "rename the columns (a CSV names them in its first line), or set data.prompt and data.completion to "
-            "templates of your columns"
-        ),
+        "did you mean the format prompt_completion? rename ' completion' to 'completion'",
     ),
     "mixed formats": (
         "rows.jsonl",
@@ -1210,14 +1207,14 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str, str, str]] = {
     "columns of two formats": (
         "rows.jsonl",
         b'{"prompt": "a", "completion": "b", "messages": []}\n',
-        "rows.jsonl: line 1: the columns fit several formats: messages, prompt_completion",
+        "rows.jsonl:1: the columns fit several formats: messages, prompt_completion",
         "columns of one format",
         "set data.format to one of messages, prompt_completion",
     ),
     "unknown columns": (
         "rows.jsonl",
         b'{"question": "a", "answer": "b"}\n',
-        "rows.jsonl: line 1: the columns 'answer', 'question' fit no format",
+        "rows.jsonl:1: the columns 'question', 'answer' fit no format",
         (
             "the columns of one format: messages (messages), conversations (sharegpt), instruction + output "
             "(alpaca), prompt + completion (prompt_completion), english + french (task), text (text)"
