@@ -444,3 +444,23 @@ def test_on_a_gpu_rows_of_a_mixed_batch_agree_with_themselves_alone(
     whole = [left == right for left, right in zip(found, alone_ids, strict=True)]
     record_property("rows that agree whole", sum(whole) / len(whole))
     assert sum(first) >= len(first) - 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failure_while_a_prompt_is_read_reaches_who_waits(
+    random_base: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends the engine's thread: nobody waits for an answer that never comes."""
+    engine = make_engine(random_base, store).start()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("launch failure")
+
+    monkeypatch.setattr("qlora_kit.generation.kv_rows.KvRows.forward", fail)
+    handle = engine.submit(request(0))
+    with pytest.raises(Interrupted, match="RuntimeError: launch failure"):
+        handle.result()
+    monkeypatch.undo()
+    engine.close()
+    assert engine.start().submit(request(0)).result().completion_tokens
+    engine.close()

@@ -58,6 +58,8 @@ class PeftPath:
         self._use_biases({})
         del self._biases[slot]
         self.slots.remove(slot)
+        if self._peft is not None and self.slots:  # PEFT looks at the settings of the active one whenever it switches
+            self._peft.set_adapter(self.slots[0])
         detach_adapter(self._model, slot, is_last=not self.slots)
         if not self.slots:
             self._peft = None

@@ -228,6 +228,9 @@ class Scheduler:
             for row in group:
                 self._fail(row, no_memory(row, error))
             return
+        except BaseException:  # whoever ends all requests for it has to find these too
+            lane.entering = [*(row for row in group if row is not lane.reading), *lane.entering]
+            raise
         for row, fed in zip(group, tokens, strict=True):
             row.length += len(fed)
         if lane.entered(group):
@@ -286,7 +289,8 @@ class Scheduler:
         self._budget.keep_prefixes(self._lanes.values())
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self._waiting if row.handle.is_cancelled]:
+        waiting = list(self._waiting)  # at once: others append to it meanwhile
+        for row in [row for row in waiting if row.handle.is_cancelled]:
             self._waiting.remove(row)
             self._release_peft(row)
             row.end("cancelled")
