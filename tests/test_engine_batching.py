@@ -464,3 +464,30 @@ def test_a_failure_while_a_prompt_is_read_reaches_who_waits(
     engine.close()
     assert engine.start().submit(request(0)).result().completion_tokens
     engine.close()
+
+
+def test_memory_that_runs_out_while_the_block_grows_costs_the_new_row_alone(
+    random_base: Path, store: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the layers have the larger block by then."""
+    engine = make_engine(random_base, store)
+    first = engine.submit(request(0))
+    stream = iter(first)
+    tokens = list(next(stream).token_ids)
+    original, calls = torch.Tensor.new_zeros, [0]
+
+    def run_out(tensor: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return original(tensor, *size, **options)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", run_out)
+    second = engine.submit(Request(prompt_ids=PROMPTS[0] * 12, sampling=Sampling(2)))
+    with pytest.raises(GuardError, match="memory ran out"):
+        second.result()
+    assert calls[0] == 3
+    third = engine.submit(request(1))
+    for delta in stream:
+        tokens += delta.token_ids
+    assert [tokens, ids_of(third)] == expected[:2]

@@ -152,7 +152,8 @@ class KvRows:
 
     def resize(self, rows: int, columns: int) -> None:
         """Give the block this size; what lies in it of the first rows and columns stays."""
-        self.size = (rows, columns)
+        held_rows, held_columns = self.size
+        self.size = (min(rows, held_rows), min(columns, held_columns))  # of every layer, where memory runs out half way
         for layer in self._layers:
             for name in ("keys", "values"):
                 old: torch.Tensor | None = vars(layer)[name]
@@ -161,6 +162,7 @@ class KvRows:
                     part = old[:rows, :, :columns]
                     new[: part.shape[0], :, : part.shape[2]] = part
                     setattr(layer, name, new)
+        self.size = (rows, columns)
 
     def release(self) -> None:
         """Give all memory back."""
