@@ -342,6 +342,23 @@ def test_an_adapter_whose_numbers_overflow_fails_its_own_requests_alone(
     assert [ids_of(handle) for handle in handles] == [expected[index] for index in (0, 1, 2, 6, 7, 8)]
 
 
+def test_a_request_may_arrive_while_those_that_wait_are_looked_through(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from another thread: submitting takes no lock."""
+    arrived: list[Handle] = []
+
+    def is_cancelled(handle: Handle) -> bool:
+        if not arrived:
+            arrived.append(engine.submit(request(1)))
+        return handle._is_cancelled
+
+    monkeypatch.setattr(Handle, "is_cancelled", property(is_cancelled))
+    first = engine.submit(request(0))
+    assert first.result().completion_tokens > 0
+    assert arrived[0].result().completion_tokens > 0
+
+
 def test_closing_fails_what_is_not_done_and_starting_again_works(engine: Engine, expected: list[list[int]]) -> None:
     engine.start()
     handle = engine.submit(Request(prompt_ids=PROMPTS[1], sampling=Sampling(400, temperature=3.0)))

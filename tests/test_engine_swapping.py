@@ -147,6 +147,18 @@ def test_loading_beside_a_model_that_is_in_use_never_waits_for_itself(engine: En
     assert set(engine.adapters) == {"a", "dora"}
 
 
+def test_the_base_answers_after_the_active_one_of_several_peft_adapters_is_unloaded(
+    engine: Engine, store: Path, random_model: PreTrainedModel
+) -> None:
+    """PEFT keeps the name of the adapter that was active last, and looks up its settings when it switches."""
+    write_adapter(store / "other", random_model, seed=9, use_dora=True)
+    ask(engine, "other").result()
+    ask(engine, "dora").result()
+    engine.unload("dora")
+    for name in (None, "other"):
+        assert ids_of(ask(engine, name)) == by_peft(random_model, None if name is None else store / name, engine)
+
+
 def test_adapters_change_under_traffic(engine: Engine, store: Path, random_model: PreTrainedModel) -> None:
     expected = {name: by_peft(random_model, store / name, engine) for name in "abc"}
     found: list[tuple[str, list[int]]] = []
