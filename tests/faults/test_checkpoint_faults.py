@@ -297,9 +297,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
         told = mounted.stderr.decode(errors="replace").strip()
-        pytest.skip(
-            f"a small file system cannot be mounted here, which needs root ({told}); the six faults of writing ran"
-        )
+        pytest.skip(f"mounting a small file system needs root ({told}): no disk that is really full was tried")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
