@@ -10,6 +10,8 @@ from qlora_kit.code_execution import run_assertions
 
 GOOD = "def double(n):\n    return 2 * n\n"
 TESTS = ["assert double(2) == 4", "assert double(-1) == -2"]
+NOTHING_ASKED = ["assert True"]
+"""Holds in the child whatever the code was: the code itself has to fail."""
 
 
 def test_passed() -> None:
@@ -17,6 +19,7 @@ def test_passed() -> None:
     assert result.passed
     assert result.status == "passed"
     assert result.reason == ""
+    assert run_assertions("x = 1", NOTHING_ASKED).passed
 
 
 @pytest.mark.parametrize(
@@ -56,7 +59,7 @@ def test_endless_code_is_ended() -> None:
 def test_nothing_is_written_and_nothing_is_inherited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "x")
     target = tmp_path / "out.txt"
-    result = run_assertions(f"with open({str(target)!r}, 'w') as f:\n    f.write('x' * 100)\n", ["assert True"])
+    result = run_assertions(f"with open({str(target)!r}, 'w') as f:\n    f.write('x' * 100)\n", NOTHING_ASKED)
     assert result.status == "error"
     assert "PermissionError" in result.reason
     assert not target.exists()
@@ -104,7 +107,7 @@ def test_no_file_is_touched(tmp_path: Path, statement: str) -> None:
     before = file.stat()
     module = statement.split(".")[0] if not statement.startswith("open") else "os"
     code = f"import os, {module}\nFILE, EMPTY, NEW = {str(file)!r}, {str(empty)!r}, {str(new)!r}\n{statement}\n"
-    result = run_assertions(code, ["assert True"])
+    result = run_assertions(code, NOTHING_ASKED)
     assert result.status == "error"
     assert result.reason.startswith(
         "AttributeError" if "os.mk" in statement and "mkdir" not in statement else "PermissionError"

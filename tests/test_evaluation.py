@@ -231,7 +231,7 @@ def test_code_needs_permission_before_its_data_are_read(workplace: Path) -> None
     with pytest.raises(ConfigError, match="--allow-code-execution"):
         plan(workplace / "store", tasks=["code_generation"])
     row = {"instruction": "add", "code": "def add(a, b): return a + b"}
-    write_rows(workplace / "datasets" / "code_generation" / "test.jsonl", [{**row, "tests": ["assert True"]}])
+    write_rows(workplace / "datasets" / "code_generation" / "test.jsonl", [{**row, "tests": ["assert add(1, 2) == 3"]}])
     assert plan(workplace / "store", tasks=["code_generation"], allow_code_execution=True).allow_code_execution
     write_rows(workplace / "datasets" / "code_generation" / "test.jsonl", [row])
     with pytest.raises(DataError, match=r"test\.jsonl:1: no assertions"):

@@ -177,7 +177,7 @@ def test_the_first_markdown_block_is_the_code(answer: str, code: str) -> None:
 
 def test_code_is_not_run_without_permission(chatml_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    rows = [(example("write", "-", tests=["assert True"]), f"open({str(trace)!r}, 'w'){STOP}")]
+    rows = [(example("write", "-", tests=["assert add(1, 2) == 3"]), f"open({str(trace)!r}, 'w'){STOP}")]
     with pytest.raises(ConfigError) as refusal:
         score_script(chatml_tokenizer, TASKS["code_generation"], rows)
     fault = refusal.value.faults[0]
