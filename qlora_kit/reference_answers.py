@@ -73,13 +73,7 @@ def answer_texts(
 ) -> list[str]:
     """The text of each row's own answer; tool calls as the chat template writes them.
 
-    Args:
-        examples: Where the conversations come from, for messages.
-        conversations: One for each example, ending with the answer.
-        tokenizer: The base's.
-
-    Raises:
-        DataError: With every row that cannot be encoded.
+    Arguments and errors are those of ``encode_answers``.
     """
     references = [messages[-1].content for messages in conversations]
     calling = [index for index, messages in enumerate(conversations) if messages[-1].tool_calls]

@@ -166,6 +166,7 @@ def test_all_faults_at_once_with_their_lines(tmp_path: Path) -> None:
         ("train: {unfreeze_layer_every: 5}", "is an unknown key", "did you mean 'unfreeze_layers_every'?"),
         ("train: {loss_type: dft, label_smoothing_factor: 0.1}", "leave it out in silence", "remove it"),
         ("train: {optim: adam}", "train.optim is 'adam'", "did you mean 'adamw_torch'?"),
+        ("train: {optim: AdamW}", "train.optim is 'AdamW'", "did you mean 'adamw_torch'?"),
         ("train: {optim: galore_adamw}", "train.optim is 'galore_adamw'", "an optimizer for adapters"),
         ("train: {lr_scheduler_type: constant, lr_scheduler_kwargs: {power: 2}}", "takes no arguments", "remove it"),
         ("train: {early_stopping_threshold: 0.1}", "has no effect without early_stopping_patience", "or remove it"),

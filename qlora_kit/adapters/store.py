@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from qlora_kit.adapters.card import AdapterCard, AdapterDetails, own_files, read_details
@@ -26,6 +25,7 @@ from qlora_kit.atomic import (
 from qlora_kit.errors import AdapterError, Fault, OutputError
 from qlora_kit.regular_file import folder_identity, open_regular
 from qlora_kit.safetensors_header import shown
+from qlora_kit.suggest import like
 
 DEFAULT_STORE = Path("adapters")
 MAX_TEXT_BYTES = 16_000_000
@@ -281,7 +281,7 @@ class AdapterStore:
 
     def _unknown(self, name: str) -> AdapterError:
         names = self._entries()
-        near = get_close_matches(name, names, n=3, cutoff=0.5)
+        near = like(name, names, most=3, cutoff=0.5)
         known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         return AdapterError(
             f"{shown(name)}: no adapter of this name in {self.root}, and no such folder",

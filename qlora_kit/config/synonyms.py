@@ -1,4 +1,4 @@
-"""What other trainers call the keys of a config: a foreign name in, the key that is meant out."""
+"""What other trainers call the keys of a config and their values: a foreign name in, the one that is meant out."""
 
 from __future__ import annotations
 
@@ -72,6 +72,11 @@ KEYS: dict[str, str] = {  # name elsewhere -> dotted key here
     "output": "output_dir",
 }
 
+VALUES: dict[tuple[str, str], str] = {  # field of SFTConfig, value elsewhere -> value here
+    ("optim", "adam"): "adamw_torch",
+    ("optim", "adamw"): "adamw_torch",
+}
+
 
 def meant_by(name: str, *, section: str) -> str | None:
     """What to do about the unknown key ``name`` of a section (empty: the top level); None for no synonym."""
@@ -80,3 +85,9 @@ def meant_by(name: str, *, section: str) -> str | None:
         return None
     own_section, _, own_name = key.rpartition(".")
     return f"did you mean {own_name!r}?" if own_section == section else f"did you mean {key!r}? Write it there"
+
+
+def value_meant_by(value: str, *, field: str) -> str | None:
+    """What to do about the unknown ``value`` of a field; None for no synonym."""
+    meant = VALUES.get((field, value.lower().replace("-", "_")))
+    return None if meant is None else f"did you mean {meant!r}?"

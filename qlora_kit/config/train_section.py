@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from qlora_kit.config.sft_fields import SftField, sft_fields
-from qlora_kit.config.synonyms import meant_by
+from qlora_kit.config.synonyms import meant_by, value_meant_by
 from qlora_kit.metrics import METRICS
 from qlora_kit.suggest import advice
 
@@ -266,10 +266,8 @@ def _value_problems(field: SftField, value: Any) -> list[Problem]:
         return []  # pydantic checks it
     path = ("train", field.name)
     if not field.accepts(value):
-        if field.name == "optim" and value in ("adam", "adamw"):
-            fix = "did you mean 'adamw_torch'?"
-        elif isinstance(value, str) and field.choices:
-            fix = advice(value, field.choices)
+        if isinstance(value, str) and field.choices:
+            fix = value_meant_by(value, field=field.name) or advice(value, field.choices)
         else:
             fix = f"correct train.{field.name}"
         return [Problem(path, f"is {value!r}", field.expected, fix)]

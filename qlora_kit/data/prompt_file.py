@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from qlora_kit.data.ledger import Problem, data_error
 from qlora_kit.data.reading import Note, Row, read_rows
+from qlora_kit.suggest import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ def _prompt(row: Row, column: str) -> Prompt | Problem:
         fix = f"write a text into the column {column!r}, or remove the row"
         return Problem(row.file, row.line, f"the column {column!r} {what}", "a prompt in each row", fix)
     for name in row.values.keys() - {column, _ADAPTER, _SYSTEM}:  # or the wrong model would answer
-        near = get_close_matches(name.casefold(), (_ADAPTER, _SYSTEM), n=1, cutoff=0.8)
-        if near:
+        near = nearest(name, (_ADAPTER, _SYSTEM), cutoff=0.8)
+        if near is not None:
             expected = f"the columns {column}, {_ADAPTER} and {_SYSTEM}"
-            fix = f"did you mean {near[0]!r}? rename the column, or remove it"
+            fix = f"did you mean {near!r}? rename the column, or remove it"
             return Problem(row.file, row.line, f"the column {name!r} is unknown", expected, fix)
     asked: dict[str, str | None] = {}
     for name in (_ADAPTER, _SYSTEM):

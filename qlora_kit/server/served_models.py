@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from qlora_kit.adapters import AdapterContract, AdapterDetails
 from qlora_kit.metrics import METRICS
 from qlora_kit.server.errors import ApiError
 from qlora_kit.server.response_schema import ModelCard
+from qlora_kit.suggest import nearest
 from qlora_kit.tasks import TASKS
 
 _LOSSES = ("eval_loss", "train_loss")
@@ -45,8 +45,8 @@ class ServedModels:
             return None
         if model in self._adapters:
             return model
-        near = get_close_matches(model[:64], [self.base, *self._adapters], n=1, cutoff=0.6)
-        hint = f"Did you mean {near[0]!r}?" if near else "GET /v1/models lists what there is."
+        near = nearest(model, [self.base, *self._adapters])
+        hint = f"Did you mean {near!r}?" if near is not None else "GET /v1/models lists what there is."
         raise ApiError(404, f"There is no model of this name. {hint}", code="model_not_found", param="model")
 
     def cards(self) -> list[ModelCard]:
