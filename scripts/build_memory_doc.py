@@ -198,7 +198,7 @@ Operations over the data sheet's speed, and passes over the weights over its ban
 | optimizer | 8 a trained number with `adamw_torch`, about 2 with the 8-bit ones; paged state may move to the host |
 | checkpoints | 2 · hidden size · checkpointed layers a token |
 | activations of a block | 211 kB a token at 7B, of every block that is not checkpointed |
-| the same, fused | 107 kB a token at 7B in 16 bits (`train.fast`; off on a GPU until it was run there), and no mask |
+| the same, fused | 107 kB a token at 7B in 16 bits (`train.fast: on`; `auto` may leave it on a GPU), and no mask |
 | a mask | padded rows or packing: 2 a cell of length × length for each block; packed rows are one long sequence |
 | work of one block | gradients of the MLP's width and the largest weight dequantized, or the loss, whichever is more |
 | loss | one tile of logits, 4,096 × 32,768 (TRL's chunked loss), never all logits |

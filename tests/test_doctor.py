@@ -415,8 +415,35 @@ def test_train_passes_on_this_cpu(doctor: Callable[..., tuple[int, str]]) -> Non
     names = {name for name in by_name(output) if name.startswith("cpu float32: ")}
     kinds = {"NF4 codes", "NF4 scales", "loss", "gradients", "three steps", "merged weights", "unmerged rest"}
     assert {name.removeprefix("cpu float32: ") for name in names} == kinds
-    (training,) = json.loads(output)["training"]
-    assert (training["device"], training["compute_dtype"], len(training["losses"])) == ("cpu", "float32", 3)
+    assert [name for name in by_name(output) if name.startswith("cpu float32 fused: ")] == [
+        f"cpu float32 fused: {kind}" for kind in ("loss", "gradients", "three steps")
+    ]
+    plain, fused = json.loads(output)["training"]
+    for training in (plain, fused):
+        assert (training["device"], training["compute_dtype"], len(training["losses"])) == ("cpu", "float32", 3)
+    assert (plain["fused"], fused["fused"]) == (False, True)
+
+
+def test_a_wrong_fused_path_is_told_apart(
+    doctor: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.fast.norm.inverse_rms", lambda x, eps: x[..., :1] * 0 + 1)
+    monkeypatch.setattr("qlora_kit.fast.linear_group.inverse_rms", lambda x, eps: x[..., :1] * 0 + 1)
+    code, output = doctor("--train", "--json")
+    assert code == 3
+    wrong = {name: check for name, check in by_name(output).items() if check["ok"] is False}
+    assert {*wrong} == {f"cpu float32 fused: {kind}" for kind in ("loss", "gradients", "three steps")}
+    assert all("train.fast=off" in check["fix"] for check in wrong.values())
+
+
+def test_a_fused_path_that_does_not_take_the_subject_is_told(
+    doctor: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.fast.install.FAMILIES", {"llama": "Llama"})
+    code, output = doctor("--train", "--json")
+    assert code == 2
+    told = by_name(output)["cpu float32 fused: training"]
+    assert "mlp (the architecture Qwen2ForCausalLM is not one of Llama)" in told["detail"]
 
 
 def test_a_wrong_merge_ends_with_3(doctor: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -486,10 +513,11 @@ def test_missing_and_misshapen_tensors_are_named(measured: Measured, reference: 
         assert name in deviations(replace(measured, gradients=gradients), reference)["tensors"]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_16_bit_compute_dtypes_stay_within_their_tolerance(dtype: str, reference: Reference) -> None:
+def test_16_bit_compute_dtypes_stay_within_their_tolerance(dtype: str, fused: bool, reference: Reference) -> None:
     """The CPU's twin of what a GPU computes in; and it is really coarser than fp32."""
-    measured = measure(torch.device("cpu"), dtype=dtype)
+    measured = measure(torch.device("cpu"), dtype=dtype, fused=fused)
     assert measured.compute_dtype == dtype
     assert deviations(measured, reference) == {}
     errors = {found.name: found.value for found in compare(measured, reference)}
@@ -497,15 +525,16 @@ def test_16_bit_compute_dtypes_stay_within_their_tolerance(dtype: str, reference
 
 
 @pytest.mark.gpu
-def test_a_gpu_passes(reference: Reference) -> None:
-    for dtype in ("auto", "float32"):
-        assert deviations(measure(torch.device("cuda:0"), dtype=dtype), reference) == {}
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_gpu_passes(dtype: str, fused: bool, reference: Reference) -> None:
+    assert deviations(measure(torch.device("cuda:0"), dtype=dtype, fused=fused), reference) == {}
 
 
 def test_a_device_that_fails_ends_with_2_and_its_message(
     doctor: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(device: torch.device, *, dtype: str) -> Measured:
+    def fails(device: torch.device, *, dtype: str, fused: bool) -> Measured:
         raise RuntimeError("CUDA error: no kernel image\nmore")
 
     monkeypatch.setattr("qlora_kit.doctor.training.measure", fails)

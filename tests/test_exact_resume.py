@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import pytest
 
 from qlora_kit.config import load_config
 from qlora_kit.errors import Interrupted
-from qlora_kit.training import TrainResult, train
-from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.fast import FastPath, fast_path
+from qlora_kit.training import TrainResult, fast_switch, train
 from qlora_kit.training.checkpoints import checkpoints, step_of
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 
 WEIGHTS = "adapter_model.safetensors"
+NEEDED_BY_UNPADDING = ("segments", "head", "unpadding")
+PIECES_ALONE = [("projections",), ("mlp",), ("segments",), ("head",), NEEDED_BY_UNPADDING]
 TIMES = ("runtime", "per_second", "seconds", "peak_bytes")
 # Six steps of two epochs, with dropout; a checkpoint after each step.
 SHORT = (
@@ -31,8 +35,6 @@ SHORT = (
     "train.eval_steps=1",
     "train.save_total_limit=20",
 )
-PACKED = (*SHORT, "train.packing=true", "train.per_device_train_batch_size=1", "train.max_length=256")
-BY_EPOCH = ("train.eval_strategy=epoch", "train.load_best_model_at_end=false", "train.logging_strategy=epoch")
 PACKED = (*SHORT, "train.packing=true", "train.per_device_train_batch_size=1", "train.max_length=256")
 BY_EPOCH = ("train.eval_strategy=epoch", "train.load_best_model_at_end=false", "train.logging_strategy=epoch")
 ONE_LAYER = ("train.gradient_checkpointing=true", "train.checkpointed_layers=1")
@@ -121,6 +123,30 @@ def test_from_a_checkpoint(run: Callable[..., TrainResult], tmp_path: Path, case
 def test_from_more_checkpoints(run: Callable[..., TrainResult], tmp_path: Path, case: str) -> None:
     overrides, steps = MORE_CASES[case]
     resume_from_each(run, tmp_path, *overrides, steps=steps)
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+@pytest.mark.parametrize("pieces", PIECES_ALONE, ids=" ".join)
+def test_with_each_piece_of_the_fused_path_alone(
+    run: Callable[..., TrainResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pieces: tuple[str, ...],
+    rows: str,
+) -> None:
+    used: list[set[str]] = []
+
+    @contextmanager
+    def some(model: Any, **unused: Any) -> Iterator[FastPath]:
+        with fast_path(model, pieces=pieces) as fast:
+            used.append({piece.name for piece in fast.pieces if piece.places})
+            yield fast
+
+    monkeypatch.setattr(fast_switch, "fast_path", some)
+    dropout = "lora.lora_dropout=0" if pieces == NEEDED_BY_UNPADDING else "lora.lora_dropout=0.1"
+    overrides = (*(PACKED if rows == "packed" else SHORT), dropout, "train.max_steps=3", "train.eval_strategy=no")
+    resume_from_each(run, tmp_path, *overrides, steps=(2,))
+    assert used == [set(pieces)] * 2
 
 
 # --- stopped by a signal ---

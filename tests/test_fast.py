@@ -17,11 +17,11 @@ from transformers.integrations.neftune import neftune_post_forward_hook
 from trl import SFTConfig
 
 from qlora_kit.fast import PIECES, FastPath, ScoredModel, fast_path
-from qlora_kit.fast.attention import segment_mask
+from qlora_kit.fast.segments import segment_mask
 from qlora_kit.fast.unpadding import unpadded
 from qlora_kit.training import TrainResult
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
-from qlora_kit.training.fitting import _fast_path
+from qlora_kit.training.fitting import _fast_training
 
 ALONE = [*((piece,) for piece in PIECES if piece != "unpadding"), ("segments", "head", "unpadding")]
 """The pieces one by one, with those that one needs."""
@@ -296,6 +296,17 @@ def test_answers_inside_are_the_same() -> None:
         torch.testing.assert_close(bare, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gradients_in_eval_mode_are_the_same(batch: str) -> None:
+    """As someone takes them who asks which inputs matter; the layers are called themselves then."""
+    model = with_lora(base_model(), lora_dropout=0.3).eval()
+    plain = one_pass(model, model, BATCHES[batch]())
+    with fast_path(model) as fast:
+        fused = one_pass(model, scored(model, fast), BATCHES[batch]())
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=0)
+    assert fused.distance(plain) < 1e-5
+
+
 def test_a_switched_off_adapter_is_off_in_training_too() -> None:
     model = with_lora(base_model())
     with fast_path(model, pieces=["mlp", "projections"]), model.disable_adapter():
@@ -382,9 +393,9 @@ def test_a_run_is_the_run_by_the_libraries_own_path(
 @pytest.mark.parametrize("key", ["train.torch_compile", "train.activation_offloading"])
 def test_what_was_never_tried_together_stays_plain(caplog: pytest.LogCaptureFixture, key: str) -> None:
     arguments = SFTConfig(use_cpu=True, report_to="none", **{key.removeprefix("train."): True})
-    trainer: Any = SimpleNamespace(fast_head=None)
-    with _fast_path(trainer, with_lora(base_model()), arguments, mode="auto"):
-        assert trainer.fast_head is None
+    trainer: Any = SimpleNamespace(fast=None)
+    with _fast_training(trainer, with_lora(base_model()), arguments, mode="on"):
+        assert trainer.fast is None
     assert f"train.fast: nothing is fused: {key} is set" in caplog.messages
 
 

@@ -25,8 +25,8 @@ from qlora_kit.memory import activations, fused, parts
 from qlora_kit.memory.optimizers import optimizer_bytes
 from qlora_kit.memory.workload import Workload, lora_pairs, workload_of
 from qlora_kit.models import attach_lora, load_base_model
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.run import train
 
 CPU = torch.device("cpu")

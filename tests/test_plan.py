@@ -93,6 +93,17 @@ def test_the_embedding_on_the_host_is_offered_and_its_line_counts(plan: Callable
     assert not any("embedding_on_host" in suggestion["train"] for suggestion in trained["suggestions"])
 
 
+def test_the_fused_path_is_counted_on_a_gpu_where_it_is_sure_to_be_used(plan: Callable[..., dict[str, Any]]) -> None:
+    off, auto, on = (
+        plan("--gpu", "24GiB", "train.packing=true", f"train.fast={mode}") for mode in ("off", "auto", "on")
+    )
+    assert auto["breakdown"] == off["breakdown"]
+    assert on["peak_bytes"] < off["peak_bytes"]
+    assert on["longest_max_length"] > off["longest_max_length"]
+    assert any("not measured on a GPU" in note for note in on["notes"])
+    assert not any("not measured on a GPU" in note for note in auto["notes"])
+
+
 def test_overrides_and_the_longest_length_hold(plan: Callable[..., dict[str, Any]]) -> None:
     longest = plan("--gpu", "12GiB")["longest_max_length"]
     assert plan("--gpu", "12GiB", f"train.max_length={longest}")["fits"] is True

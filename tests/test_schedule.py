@@ -13,7 +13,7 @@ from trl import SFTConfig
 from qlora_kit.config import TrainSection, load_config
 from qlora_kit.errors import ConfigError
 from qlora_kit.training import train
-from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.schedule import check_schedule, effectless, steps_of_run
 
 SHORT = ("data.validation=[]", "train.save_strategy=no", "train.logging_steps=1")

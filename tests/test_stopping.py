@@ -15,8 +15,8 @@ from qlora_kit.adapters import AdapterContract, check_adapter_folder
 from qlora_kit.config import load_config
 from qlora_kit.errors import Interrupted
 from qlora_kit.training import TrainResult, samples, stop_rate, train
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.checkpoints import checkpoints, step_of
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.task_metric import TaskMetric
 
 WEIGHTS = "adapter_model.safetensors"

@@ -26,8 +26,8 @@ from qlora_kit.errors import ConfigError, Interrupted
 from qlora_kit.four_bit import linear4bit_modules
 from qlora_kit.models import attach_lora, load_base_model
 from qlora_kit.training import TrainResult, train
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.early_stopping import Patience
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.optimizers import parameter_groups
 from qlora_kit.training.task_metric import TaskMetric, spread
 

@@ -26,8 +26,9 @@ from qlora_kit.config import load_config
 from qlora_kit.errors import ConfigError, DataError, GuardError, Interrupted, OutputError
 from qlora_kit.models import load_base_model
 from qlora_kit.training import TrainResult, train
-from qlora_kit.training.callbacks import GuardedTrainer, TrainingProgress
 from qlora_kit.training.checkpoints import checkpoints
+from qlora_kit.training.guarded_trainer import GuardedTrainer
+from qlora_kit.training.progress import TrainingProgress
 from qlora_kit.training.run_folder import open_run_folder, publish
 
 WEIGHTS = "adapter_model.safetensors"

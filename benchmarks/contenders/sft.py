@@ -40,14 +40,14 @@ from benchmarks.contenders.models import (
     same_adapter,
 )
 from qlora_kit.base_files import resolve_base
-from qlora_kit.fast import PIECES, fast_path
+from qlora_kit.fast import PIECES
 from qlora_kit.models import load_tokenizer
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
+from qlora_kit.training.fast_switch import FastSwitch
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.run_facts import RunFacts
 
 LEARNING_RATE = 5e-3
-CPU_PIECES = ("segments", "unpadding")  # for GPUs they were not written
 
 
 def token_rows(setting: Setting) -> list[dict[str, list[int]]]:
@@ -135,18 +135,18 @@ def contender(name: str, setting: Setting, device: torch.device) -> Iterator[Any
         trainer.facts = RunFacts(lambda: False, "", rows)
         if name == HALF:
             trainer.checkpointed_layers = SHAPES[setting.shape]["num_hidden_layers"] // 2
-        with fast_path(model, pieces=_pieces(name, device)) as fast:
-            refused = [piece for piece in fast.pieces if piece.reason is not None]
-            if refused:
-                raise RuntimeError(f"not fused: {refused}")
-            trainer.fast_head = fast.head
+        trainer.fast = FastSwitch(model, pieces=_pieces(name))
+        trainer.fast.use(True)
+        try:
+            if trainer.fast.left:
+                raise RuntimeError(f"not fused: {trainer.fast.left}")
             yield trainer
+        finally:
+            trainer.fast.use(False)
 
 
-def _pieces(name: str, device: torch.device) -> tuple[str, ...]:
-    if ": " in name:
-        return tuple(name.removeprefix(f"{KIT}: ").split(" + "))
-    return PIECES if device.type == "cpu" else tuple(piece for piece in PIECES if piece not in CPU_PIECES)
+def _pieces(name: str) -> tuple[str, ...]:
+    return tuple(name.removeprefix(f"{KIT}: ").split(" + ")) if ": " in name else PIECES
 
 
 def timed(trainer: Any, setting: Setting) -> dict[str, Any]:

@@ -130,9 +130,9 @@ class TrainSection(BaseModel):
     memory: Literal["check", "auto", "ignore"] = "check"
     """What to do with the plan of memory: ``check`` refuses what cannot fit, ``auto`` changes micro-batch, accumulation
     and checkpointing to the fastest that fits, ``ignore`` tries anyway."""
-    fast: Literal["auto", "off"] = "auto"
-    """``auto`` trains by the kit's fused layers, attention and loss where they know the model, ``off`` by those of the
-    libraries."""
+    fast: Literal["auto", "on", "off"] = "auto"
+    """``on`` trains by the kit's fused layers, attention and loss where they know the model, ``off`` by those of the
+    libraries; ``auto`` is ``on``, but on a GPU, where they were not measured, it tries both first."""
 
 
 _HUB = ("the kit uploads nothing", "upload the run folder with the Hub's own tools")

@@ -32,6 +32,8 @@ TOLERANCES = {
     "float16": Tolerance(loss=2e-3, tensor=1e-2),
     "bfloat16": Tolerance(loss=1e-2, tensor=5e-2),
 }
+TRAINED = ("loss", "gradients", "three steps")
+"""What of ``compare`` comes from the layers that were trained with."""
 # Codes: none may differ. No weight of the subject lies within 1e-6 of the middle between two codes (the script that
 # computes the references refuses it), so that no rounding of a correct quantizer in fp32 can choose another one.
 SCALE_TOLERANCE = 1e-6  # relative: a mean, a product and a sum in fp32

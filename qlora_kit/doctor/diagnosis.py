@@ -47,6 +47,7 @@ _REPORT = (
     "update the driver, torch and bitsandbytes within their ranges and run it again; until it passes, adapters"
     " that are trained on this device are not what the configuration says"
 )
+_OFF = "set train.fast=off on this device: the libraries' own layers compute what they should"
 
 
 def diagnose(*, train: bool = False, progress: Callable[[str], None] | None = None) -> Diagnosis:
@@ -128,7 +129,10 @@ def _device_checks(facts: TorchFacts) -> list[Check]:
 
 
 def _training_checks(devices: list[str], tell: Callable[[str], None]) -> tuple[list[Check], list[dict[str, Any]]]:
-    """Three steps and a merge on each device, in the dtype that it would use; on a GPU in fp32 as well."""
+    """Three steps and a merge on each device, in the dtype that it would use; on a GPU in fp32 as well.
+
+    Where they are what they should be, the steps are taken by the fused path too.
+    """
     import torch
 
     from qlora_kit.doctor.references import load_reference
@@ -145,38 +149,47 @@ def _training_checks(devices: list[str], tell: Callable[[str], None]) -> tuple[l
         device = torch.device(name)
         for dtype in dict.fromkeys((compute_dtype_name("auto", device), "float32")):
             tell(f"three steps and a merge on {name} in {dtype}")
-            found, measurement = train_on(device, dtype, reference)
-            checks += found
-            measurements += [] if measurement is None else [measurement]
+            for fused in (False, True):
+                found, measurement = train_on(device, dtype, reference, fused=fused)
+                checks += found
+                measurements += [] if measurement is None else [measurement]
+                if not all(check.ok for check in found):
+                    break
     return checks, measurements
 
 
-def train_on(device: Any, dtype: str, reference: Reference) -> tuple[list[Check], dict[str, Any] | None]:
-    """Measure one device (a ``torch.device``) in one compute dtype, and compare; with the numbers for JSON."""
-    from qlora_kit.doctor.comparison import compare
+def train_on(
+    device: Any, dtype: str, reference: Reference, *, fused: bool = False
+) -> tuple[list[Check], dict[str, Any] | None]:
+    """Measure one device (a ``torch.device``) in one compute dtype, and compare; with the numbers for JSON.
+
+    By the fused path, what does not come from it is not compared again.
+    """
+    from qlora_kit.doctor.comparison import TRAINED, compare
     from qlora_kit.doctor.training import measure
     from qlora_kit.errors import QloraKitError
 
-    place = f"{device} {dtype}"
+    place = f"{device} {dtype}{' fused' if fused else ''}"
     try:
-        measured = measure(device, dtype=dtype)
+        measured = measure(device, dtype=dtype, fused=fused)
     except (QloraKitError, RuntimeError, OSError) as error:
         text = str(error).strip() or type(error).__name__
         fix = "look for the message above in the notes of torch or bitsandbytes for this GPU"
-        return [Check(f"{place}: training", False, text.splitlines()[0], fix, ENVIRONMENT)], None
-    comparisons = compare(measured, reference)
+        return [Check(f"{place}: training", False, text.splitlines()[0], _OFF if fused else fix, ENVIRONMENT)], None
+    comparisons = [comparison for comparison in compare(measured, reference) if not fused or comparison.name in TRAINED]
     measurement = {
         "device": measured.device,
+        "fused": fused,
         "compute_dtype": measured.compute_dtype,
         "seconds": measured.seconds,
         "losses": list(measured.losses),
         "comparisons": [asdict(comparison) for comparison in comparisons],
     }
-    return [_as_check(place, comparison) for comparison in comparisons], measurement
+    return [_as_check(place, comparison, _OFF if fused else _REPORT) for comparison in comparisons], measurement
 
 
-def _as_check(place: str, comparison: Comparison) -> Check:
+def _as_check(place: str, comparison: Comparison, fix: str) -> Check:
     name = f"{place}: {comparison.name}"
     if comparison.ok:
         return Check(name, True, comparison.detail)
-    return Check(name, False, comparison.detail, _REPORT, DEVIATION)
+    return Check(name, False, comparison.detail, fix, DEVIATION)

@@ -1,11 +1,14 @@
-"""Runs the kit's own path on one device, in small: load in 4 bits, LoRA, three steps, merge; measured values out."""
+"""Runs the kit's own path on one device, in small: load in 4 bits, LoRA, three steps, merge; measured values out.
+
+The steps are taken by the libraries' layers, or by the fused ones that training puts in their place.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 Floats = NDArray[np.float64]
+LossOf = Callable[[Mapping[str, "torch.Tensor"]], "torch.Tensor"]
 
 _PEFT_PREFIX = "base_model.model."
 _PEFT_SUFFIX = ".default.weight"
@@ -62,12 +66,13 @@ def compute_dtype_name(setting: str, device: torch.device) -> str:
     return str(compute_dtype(setting, device)).removeprefix("torch.")
 
 
-def measure(device: torch.device, *, dtype: str = "auto") -> Measured:
+def measure(device: torch.device, *, dtype: str = "auto", fused: bool = False) -> Measured:
     """Load, train and merge the fixed subject on ``device``.
 
     Args:
         device: A device that torch can use.
         dtype: The compute dtype, as in ``quantization.bnb_4bit_compute_dtype``.
+        fused: Whether to train by the fused path.
 
     Raises:
         QloraKitError: The kit refuses what it just wrote.
@@ -87,7 +92,8 @@ def measure(device: torch.device, *, dtype: str = "auto") -> Measured:
         base = load_base_model(BaseRef("doctor", folder / "base"), quantization, device=device)
         codes, scales = _quantized(base)
         model = attach_lora(base, LoraSection(r=subject.R, lora_alpha=subject.LORA_ALPHA))
-        losses, gradients = _train(model, device, used_dtype)
+        with _loss_by(model, fused=fused) as loss_of:
+            losses, gradients = _train(model, device, used_dtype, loss_of)
         adapter = {key: _numpy(parameter) for key, parameter in _factors(model).items()}
         model.save_pretrained(folder / "adapter")
         merge_adapter(
@@ -144,7 +150,35 @@ def _factors(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _train(model: PeftModel, device: torch.device, dtype: str) -> tuple[tuple[float, ...], dict[str, Floats]]:
+@contextmanager
+def _loss_by(model: PeftModel, *, fused: bool) -> Iterator[LossOf]:
+    """The mean loss of a batch's labels, by transformers' layers or by the fused path, which is there in the block.
+
+    Raises:
+        RuntimeError: A piece of the fused path does not take the subject.
+    """
+    from qlora_kit.fast import ScoredModel, fast_path
+
+    if not fused:
+        yield lambda rows: model(**rows).loss
+        return
+    with fast_path(model) as path:
+        left = [f"{piece} ({piece.reason})" for piece in path.pieces if piece.reason is not None]
+        if path.head is None or left:
+            raise RuntimeError(f"not fused: {', '.join(left)}")
+        scored = ScoredModel(model, path.head)
+
+        def loss_of(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            output = scored(**rows, fused_lm_head=True)
+            loss: torch.Tensor = -output.log_probs.sum() / output.label_mask.sum()
+            return loss
+
+        yield loss_of
+
+
+def _train(
+    model: PeftModel, device: torch.device, dtype: str, loss_of: LossOf
+) -> tuple[tuple[float, ...], dict[str, Floats]]:
     """Three steps of AdamW from the subject's adapter; the losses, and the gradients of the first step."""
     import torch
 
@@ -162,7 +196,7 @@ def _train(model: PeftModel, device: torch.device, dtype: str) -> tuple[tuple[fl
     for batch in subject.batches():
         rows = {name: torch.from_numpy(array).to(device) for name, array in vars(batch).items()}
         with _mixed_precision(device, dtype):
-            loss = model(**rows).loss
+            loss = loss_of(rows)
         optimizer.zero_grad()
         (loss * scale).backward()
         for name, factor in factors.items():

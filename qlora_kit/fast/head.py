@@ -30,7 +30,7 @@ class FastHead(torch.nn.Module):
         self.in_features, self.out_features = head.in_features, head.out_features
         self._rows: Rows | None = None
         self._scores: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.train(head.training)
+        self.training = head.training
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of hidden states (..., H); inside ``scoring``, log-probabilities of the rows: (B, T - 1)."""

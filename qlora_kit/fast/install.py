@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit.fast.attention import SEGMENTS, FastAttention, register_segments
+from qlora_kit.fast.attention import FastAttention
 from qlora_kit.fast.head import FastHead
 from qlora_kit.fast.lora_layers import why_not
 from qlora_kit.fast.mlp import FastMLP
 from qlora_kit.fast.norm import DeferredNorm
+from qlora_kit.fast.segments import SEGMENTS, register_segments
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -67,7 +68,7 @@ class FastPath:
         logger.info("train.fast: %s", f"fused are {used}" if used else "nothing is fused")
         left = [piece for piece in self.pieces if piece.reason is not None]
         if left:
-            # On a GPU, segments are always left: nobody could do anything about it. Dropout is a choice.
+            # Nobody can do anything about a base's limited attention, and dropout is a choice.
             harmless = ("segments", "unpadding")
             level = logging.INFO if all(piece.name in harmless for piece in left) else logging.WARNING
             told = ", ".join(f"{_left(piece)} ({piece.reason})" for piece in left)
@@ -202,8 +203,6 @@ def _half_refusal(base: PreTrainedModel, parent: torch.nn.Module, names: tuple[s
 
 
 def _segments_refusal(base: PreTrainedModel) -> str | None:
-    if base.device.type != "cpu":
-        return "on a GPU it was not tried"
     config = base.config.to_dict()
     if "sliding_attention" in (config.get("layer_types") or ()):
         return "some layers look back over a limited stretch only"

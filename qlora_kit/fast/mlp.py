@@ -24,7 +24,7 @@ class FastMLP(torch.nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
         self.act_fn = mlp.act_fn
-        self.train(mlp.training)
+        self.training = mlp.training  # and not that of its children, which may differ
 
     def forward(self, x: PendingNorm) -> torch.Tensor:
         """The MLP of the normalised hidden states."""

@@ -46,7 +46,7 @@ class DeferredNorm(torch.nn.Module):
 def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """One over the root of the mean square of each row of ``x`` (..., H), in fp32 at least: (..., 1)."""
     norm = torch.linalg.vector_norm(_wide(x), dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return norm.square().div_(x.shape[-1]).add_(eps).rsqrt_()  # the norm itself may be kept for its gradient
 
 
 def normalise(x: torch.Tensor, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

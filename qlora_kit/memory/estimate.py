@@ -119,6 +119,8 @@ def _notes(workload: Workload, validation_leads: bool) -> tuple[str, ...]:
         notes.append(f"the optimizer {workload.optim} is counted as adamw_torch, with 8 bytes for each trained number")
     if workload.use_dora:
         notes.append("DoRA also dequantizes each layer's weight to measure its norm; that is counted roughly")
+    if workload.fast and workload.device == "cuda":
+        notes.append("train.fast=on is counted by the fused path's tensors, which were not measured on a GPU")
     if workload.full_logits:
         notes.append("label smoothing keeps the logits of the whole micro-batch; that is counted roughly")
     if activations.plain_attention(workload):

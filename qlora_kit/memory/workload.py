@@ -240,11 +240,14 @@ def workload_of(
 
 
 def _is_fast(config: RunConfig, *, load_in_4bit: bool, device: Device) -> bool:
-    """Whether ``training.fitting`` lets the fused path in and it takes the layers; on a GPU it was not run yet."""
+    """Whether ``training.fitting`` lets the fused path in and it takes the layers.
+
+    ``auto`` may leave it on a GPU, where a trial decides: the libraries' own path, which takes more, is counted there.
+    """
     more = config.train.model_extra or {}
     uncounted = any(more.get(name, usual) not in (usual, None) for name, usual in _UNCOUNTED.items())
-    possible = load_in_4bit and not config.lora.use_dora and device == "cpu" and process_count() == 1
-    return config.train.fast == "auto" and possible and not uncounted
+    wanted = config.train.fast == "on" or (config.train.fast == "auto" and device == "cpu")
+    return wanted and load_in_4bit and not config.lora.use_dora and process_count() == 1 and not uncounted
 
 
 def lora_pairs(architecture: Architecture, lora: LoraSection) -> tuple[tuple[Pair, ...], ...]:

@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from qlora_kit.errors import GuardError
 from qlora_kit.training.checkpoints import refusal, retire, saving, size_bytes, write_manifest
 from qlora_kit.training.configured_rates import ConfiguredRates
+from qlora_kit.training.fast_switch import FastSwitch
 from qlora_kit.training.moments import Moments
 from qlora_kit.training.position import EPOCH_RANDOM_FILE, Position, RandomState, Sums
 from qlora_kit.training.processes import in_any_process
@@ -43,6 +44,8 @@ class ExactTrainer(SFTTrainer):
     """Into how many pieces each micro-batch is split, since the whole did not fit into memory."""
     recomputes = False
     """Whether activations are computed again in the backward pass for that reason."""
+    fast: FastSwitch | None = None
+    """The fused path; None where it cannot be used."""
     _saving_into: Path | None = None
     _resumed_from: Path | None = None
     _earlier: Position | None = None  # where the resumed run stood
@@ -304,6 +307,7 @@ class ExactTrainer(SFTTrainer):
             seconds=earlier_seconds + time.time() - self._began,
             pieces=self.pieces,
             recomputes=self.recomputes,
+            fused=self.fast is not None and self.fast.used,
         )
 
     def after_optimizer_step(self) -> None:

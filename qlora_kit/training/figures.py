@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_kit.data.tokenised_data import TokenisedData
 from qlora_kit.models import trainable_parameters
-from qlora_kit.training.callbacks import GuardedTrainer
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.peak_memory import peak_memory_bytes
 
 

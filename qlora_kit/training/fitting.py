@@ -15,11 +15,12 @@ from transformers import PrinterCallback
 from trl import SFTConfig
 
 from qlora_kit.errors import GuardError, Interrupted
-from qlora_kit.fast import fast_path
 from qlora_kit.launched import is_main_process
-from qlora_kit.training.callbacks import GuardedTrainer, ProgressCallback, TrainingProgress
 from qlora_kit.training.checkpoints import Resumption
+from qlora_kit.training.fast_switch import MEASURED_ON, FastSwitch
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.processes import raised_in_all
+from qlora_kit.training.progress import ProgressCallback, TrainingProgress
 from qlora_kit.training.reporters import reporting
 from qlora_kit.training.run_facts import RunFacts, StopRequested
 from qlora_kit.training.schedule import check_schedule, steps_of_run
@@ -106,7 +107,7 @@ def fit(
     with (
         stop.listening(),
         reporting(reporters, folder, name=arguments.run_name or folder.name),
-        _fast_path(trainer, model, arguments, mode=strategies.section.fast),
+        _fast_training(trainer, model, arguments, mode=strategies.section.fast),
     ):
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -128,26 +129,30 @@ def _stopped(stop: StopOnSignal, trainer: GuardedTrainer) -> Interrupted:
 
 
 @contextmanager
-def _fast_path(trainer: GuardedTrainer, model: PeftModel, arguments: SFTConfig, *, mode: str) -> Iterator[None]:
-    """The fused path as ``train.fast`` and the other settings allow it, told in the log."""
+def _fast_training(trainer: GuardedTrainer, model: PeftModel, arguments: SFTConfig, *, mode: str) -> Iterator[None]:
+    """Inside the block the trainer has the fused path as ``train.fast`` (``mode``) and other settings allow it."""
     refused = {
-        "it was not run on a GPU yet": not arguments.use_cpu,
         "several processes train together": arguments.world_size > 1,
         "train.torch_compile is set": arguments.torch_compile,
         "train.use_liger_kernel is set": arguments.use_liger_kernel,
         "train.activation_offloading is set": arguments.activation_offloading,
     }
     reasons = [reason for reason, holds in refused.items() if holds]
-    if mode == "auto" and reasons:
+    if mode != "off" and reasons:
         logger.warning("train.fast: nothing is fused: %s", ", ".join(reasons))
     if mode == "off" or reasons:
         yield
         return
-    with fast_path(model) as fast:
-        fast.tell()
-        trainer.fast_head = fast.head
+    undecided = mode == "auto" and model.device.type not in MEASURED_ON
+    trainer.fast = FastSwitch(model, undecided=undecided)
+    try:
+        if not undecided:
+            trainer.fast.use(True)
+            trainer.fast.tell()
         yield
-    trainer.fast_head = None
+    finally:
+        trainer.fast.use(False)
+        trainer.fast = None
 
 
 def _no_room_to_evaluate(trainer: GuardedTrainer, reason: str) -> GuardError:

@@ -87,6 +87,7 @@ class Position:
         seconds: Training time of the whole run.
         pieces: Into how many pieces micro-batches are split for want of memory.
         recomputes: Whether activations are computed again for want of memory.
+        fused: Whether the fused path was in use.
     """
 
     evaluate: bool
@@ -102,6 +103,7 @@ class Position:
     seconds: float = 0.0
     pieces: int = 1
     recomputes: bool = False
+    fused: bool = False
 
     def write(self, checkpoint: Path) -> None:
         """Write it into a checkpoint."""

@@ -34,7 +34,6 @@ from qlora_kit.models import (
 from qlora_kit.report import Sample, write_report
 from qlora_kit.stop_token import TokenRows, choose_token_rows
 from qlora_kit.token_rows import show_bias_of_head
-from qlora_kit.training.callbacks import TrainingProgress
 from qlora_kit.training.checkpointed_layers import require_layers
 from qlora_kit.training.context import tell_beyond_context
 from qlora_kit.training.continuing import EarlierAdapter, with_earlier_adapter
@@ -48,6 +47,7 @@ from qlora_kit.training.host_embedding import (
 )
 from qlora_kit.training.memory_check import begun_with, within_memory
 from qlora_kit.training.processes import from_main, join_processes, main_first
+from qlora_kit.training.progress import TrainingProgress
 from qlora_kit.training.reporters import require_reporters
 from qlora_kit.training.resuming import resume_run
 from qlora_kit.training.run_facts import StopRequested

@@ -12,8 +12,8 @@ from trl import SFTConfig
 
 from qlora_kit.config import RunConfig, TrainSection
 from qlora_kit.errors import ConfigError
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.early_stopping import EarlyStopping, Patience
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.optimizers import grouped_optimizer, rehearse_optimizer
 from qlora_kit.training.task_metric import TaskMetric, task_metric
 from qlora_kit.training.unfreezing import GradualUnfreezing

@@ -20,7 +20,6 @@ from qlora_kit import atomic
 from qlora_kit.config import load_config
 from qlora_kit.errors import GuardError, OutputError
 from qlora_kit.training import TrainResult, exact_trainer, train
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.checkpoints import (
     MANIFEST_FILE,
     checkpoints,
@@ -30,6 +29,7 @@ from qlora_kit.training.checkpoints import (
     retire,
     write_manifest,
 )
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.settings import Start
 
 WEIGHTS = "adapter_model.safetensors"

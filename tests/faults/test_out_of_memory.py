@@ -19,8 +19,8 @@ from qlora_kit.config import load_config
 from qlora_kit.errors import GuardError
 from qlora_kit.training import TrainResult, train
 from qlora_kit.training.batch_rows import longest_rows, row_pieces
-from qlora_kit.training.callbacks import GuardedTrainer
 from qlora_kit.training.checkpoints import checkpoints
+from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.run_facts import RunFacts
 
 WEIGHTS = "adapter_model.safetensors"
@@ -176,7 +176,7 @@ def test_the_longest_batch_is_tried_first_and_leaves_no_trace(
 def test_out_of_memory_in_an_evaluation_loses_no_step(
     run_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_kit.training.callbacks import GuardedTrainer
+    from qlora_kit.training.guarded_trainer import GuardedTrainer
 
     def full(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("no room")

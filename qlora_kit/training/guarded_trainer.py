@@ -1,25 +1,24 @@
-"""What watches a training run: progress for people, smaller pieces where memory ends, a stop at what is not finite."""
+"""TRL's trainer with guards: smaller pieces where memory ends, a stop at the first thing that is not finite."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_kit.errors import GuardError
-from qlora_kit.fast import FastHead, ScoredModel
+from qlora_kit.fast import ScoredModel
 from qlora_kit.training.batch_rows import longest_rows, row_pieces, sources_of_batches
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.checkpoints import checkpoints
 from qlora_kit.training.exact_trainer import ExactTrainer
-from qlora_kit.training.peak_memory import peak_memory_bytes
+from qlora_kit.training.fast_switch import FastSwitch
+from qlora_kit.training.fast_trial import try_both
 from qlora_kit.training.processes import from_main, gathered, raised_in_all
 from qlora_kit.training.run_facts import StopRequested
 
@@ -31,74 +30,14 @@ if TYPE_CHECKING:
     from qlora_kit.training.task_metric import TaskMetric
 
 
-@dataclass(frozen=True)
-class TrainingProgress:
-    """Where a run stands.
-
-    Attributes:
-        step: Optimizer steps done.
-        total_steps: Of all.
-        loss: Mean training loss since the last log line; None before the first.
-        eval_loss: Latest validation loss; None before the first.
-        learning_rate: Of the last step.
-        tokens: Tokens that went through the model since the program was started, padding left out.
-        seconds: Since that part began.
-        peak_bytes: Peak memory so far: allocated on the GPU, else resident in the process.
-    """
-
-    step: int
-    total_steps: int
-    loss: float | None
-    eval_loss: float | None
-    learning_rate: float | None
-    tokens: int
-    seconds: float
-    peak_bytes: int
+FP16_SCALE = 1024.0
+"""What a loss is scaled by outside the optimizer's steps, so that gradients in fp16 do not vanish."""
 
 
-class ProgressCallback(TrainerCallback):
-    """Tells a function how far the run is: at its begin, after each step and each evaluation."""
-
-    def __init__(self, tell: Callable[[TrainingProgress], None], *, tokens_seen: Callable[[], int]) -> None:
-        self._tell = tell
-        self._tokens_seen = tokens_seen
-        self._began = time.monotonic()
-        self._latest: dict[str, float] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._began = time.monotonic()
-        self._report(state)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self._latest |= logs or {}
-        self._report(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._report(state)
-
-    def _report(self, state: TrainerState) -> None:
-        latest = self._latest
-        self._tell(
-            TrainingProgress(
-                step=state.global_step,
-                total_steps=state.max_steps,
-                loss=latest.get("loss"),
-                eval_loss=latest.get("eval_loss"),
-                learning_rate=latest.get("learning_rate"),
-                tokens=self._tokens_seen(),
-                seconds=time.monotonic() - self._began,
-                peak_bytes=peak_memory_bytes(),
-            )
-        )
+def _supervised(batch: Mapping[str, Any]) -> torch.Tensor:
+    """How many labels count."""
+    count: torch.Tensor = (batch["labels"] != -100).sum()
+    return count
 
 
 class GuardedTrainer(ExactTrainer):
@@ -112,8 +51,6 @@ class GuardedTrainer(ExactTrainer):
     """What each evaluation measures beside the loss."""
     checkpointed_layers: int | None = None
     """How many layers, from the first on, gradient checkpointing is for; None for all."""
-    fast_head: FastHead | None = None
-    """What scores the labels; None for TRL's own."""
     label_smoother: Callable[..., torch.Tensor] | None
     tokens_seen = 0
     """Tokens that went through the model since the program was started, in all its processes, padding left out."""
@@ -144,7 +81,8 @@ class GuardedTrainer(ExactTrainer):
         return loss
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        scored = model if self.fast_head is None else ScoredModel(model, self.fast_head)
+        head = None if self.fast is None else self.fast.head
+        scored = model if head is None else ScoredModel(model, head)
         return super().compute_loss(scored, inputs, *args, **kwargs)
 
     def _within_memory(
@@ -213,20 +151,49 @@ class GuardedTrainer(ExactTrainer):
         if self.args.gradient_checkpointing and self.checkpointed_layers is not None:
             checkpoint_first_layers(self.model, self.checkpointed_layers)
         super().restore_position()  # which turns it on for all layers where memory had run out before
+        if self.fast is not None and self.fast.undecided:
+            self._decide(self.fast)
         if self.facts.probe:
-            self._probe_longest_batch()
+            with self._longest_batch() as batch:
+                self._step_batches, self._done_batches = [batch], 0
+                self._within_memory(self.model_wrapped, batch, num_items_in_batch=_supervised(batch))
 
-    def _probe_longest_batch(self) -> None:
-        """Try the longest rows that a micro-batch can hold; no trace is left but smaller pieces, if they do not fit."""
+    def _decide(self, fast: FastSwitch) -> None:
+        """Use the fused path or leave it: as the run that is resumed did, or as a trial finds."""
+        self.model_wrapped.train()  # before: what is put into a model in eval mode computes as the layers themselves
+        fast.use(True if self._earlier is None else self._earlier.fused)
+        if self._earlier is None and fast.fuses:
+            logger.info("train.fast: auto tries the fused path beside the libraries' own, on the longest batch")
+            with self._longest_batch() as batch:
+                trial = try_both(fast, self.model, batch, self._one_pass)
+            if trial.refusal is None:
+                logger.info("train.fast: auto takes the fused path, %s", trial)
+            else:
+                logger.warning("train.fast: nothing is fused: %s (%s)", trial.refusal, trial)
+            fast.use(trial.refusal is None)
+        fast.tell()
+
+    def _one_pass(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of a batch, after its forward and backward pass."""
+        self._stop_if_wanted()
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model_wrapped, dict(batch), num_items_in_batch=_supervised(batch))
+        # Without the scaler of fp16, which begins so high that gradients overflow at first.
+        (loss * FP16_SCALE if self.args.fp16 else loss).backward()
+        return loss.detach()
+
+    @contextmanager
+    def _longest_batch(self) -> Iterator[dict[str, Any]]:
+        """The longest rows that a micro-batch can hold; what is done with them inside the block leaves no trace."""
         rows = self._remove_unused_columns(self.train_dataset)
         rows = rows.select(longest_rows(rows, self.args.per_device_train_batch_size))
-        batch = self._prepare_inputs(self.data_collator(list(rows)))
         self._mark()
-        self._step_batches, self._done_batches = [batch], 0
-        self._within_memory(self.model_wrapped, batch, num_items_in_batch=(batch["labels"] != -100).sum())
-        self.model_wrapped.zero_grad()
-        if self._before_step is not None:
-            self._put_back(self._before_step)
+        try:
+            yield self._prepare_inputs(self.data_collator(list(rows)))
+        finally:
+            self.model_wrapped.zero_grad()
+            if self._before_step is not None:
+                self._put_back(self._before_step)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

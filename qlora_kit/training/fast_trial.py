@@ -1,0 +1,244 @@
+"""Tries the fused path beside the libraries' own on one batch of a run: the same loss and gradients, in which time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.training.batch_rows import halved
+from qlora_kit.training.position import RandomState
+from qlora_kit.training.run_facts import StopRequested
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_kit.training.fast_switch import FastSwitch
+
+Batch = Mapping[str, Any]
+TIMED_PASSES = 2
+MOST_TIME = 1.02
+"""The fused path may take so much of the other's time, beyond which it is not used; two measurements differ by less."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far the two paths may be apart, relatively.
+
+    Attributes:
+        loss: Of the losses.
+        kind: Of the gradients of all layers' weights of one kind, as one vector.
+        single: Of one weight's gradient, in which rounding counts more.
+    """
+
+    loss: float
+    kind: float
+    single: float
+
+
+IN_FP32 = Limits(1e-4, 1e-3, 1e-2)
+"""Both paths agree to some 1e-6."""
+IN_16_BITS = Limits(1e-2, 0.1, 0.4)
+"""In 28 random layers in bf16 kinds are 1 to 4 % apart, single weights up to 12 %; from fp32, either path 7 to 24 % and
+up to 37 %. A gradient that is doubled or left out is 100 % off."""
+_B_SCALE = 0.01
+_SEED = 0
+_LEAST_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Passes:
+    """A path's passes over one batch.
+
+    Attributes:
+        loss: Of the last one.
+        gradients: Of each trained weight in it, in host memory.
+        seconds: Of the fastest one, forward and backward.
+        peak_bytes: What torch had allocated at most, of GPU memory; None on a CPU.
+    """
+
+    loss: float
+    gradients: Mapping[str, torch.Tensor]
+    seconds: float
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of it.
+
+    Attributes:
+        tokens: Rows and length of the batch that both were tried on.
+        refusal: Why the fused path is not to be used; None where it is.
+        found: How the two compare, in words.
+    """
+
+    tokens: tuple[int, int]
+    refusal: str | None
+    found: str
+
+    def __str__(self) -> str:
+        rows, length = self.tokens
+        return f"tried on {rows} x {length} tokens: {self.found}"
+
+
+def try_both(fast: FastSwitch, model: PeftModel, batch: Batch, one_pass: Callable[[Batch], torch.Tensor]) -> Trial:
+    """Compare the two paths on ``batch``, or on as much of it as there is memory for.
+
+    Dropout, which draws other masks on each of them, is off meanwhile, and pairs that begin at zero are not zero, so
+    that every gradient counts. Both are put back, and the path in use; random states and gradients are the caller's.
+
+    Args:
+        fast: Of the model.
+        model: The one that is trained, in train mode.
+        batch: On the model's device.
+        one_pass: The loss of a batch, after its forward and backward pass.
+
+    Raises:
+        StopRequested: ``one_pass`` did.
+    """
+    used = fast.used
+    if model.get_base_model().config.to_dict().get("attention_dropout"):
+        return Trial(tuple(batch["input_ids"].shape), "attention_dropout draws other masks on it", "not compared")
+    try:
+        with _without_dropout(model), _no_zeros(model):
+            return _tried(fast, model, batch, one_pass)
+    finally:
+        fast.use(used)
+
+
+def _tried(fast: FastSwitch, model: PeftModel, batch: Batch, one_pass: Callable[[Batch], torch.Tensor]) -> Trial:
+    while True:
+        rows, length = batch["input_ids"].shape
+        try:
+            plain, fused = _both(fast, model, batch, one_pass)
+        except torch.OutOfMemoryError:
+            enough = rows > 1 or length >= 2 * _LEAST_TOKENS
+        except StopRequested:
+            raise
+        except Exception as error:  # whatever it is, the libraries' own path may do without it
+            if not fast.used:
+                raise
+            what = (str(error) or "no message").splitlines()[0]
+            return Trial((rows, length), f"it fails here ({type(error).__name__}: {what})", "it failed")
+        else:
+            return _compared(plain, fused, (rows, length), dtype=model.get_base_model().dtype)
+        model.zero_grad()  # out here, where no traceback holds the tensors of the attempt
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not enough:
+            return Trial((rows, length), "there is no memory to try it", "out of memory")
+        batch = halved(batch)
+
+
+def _both(
+    fast: FastSwitch, model: PeftModel, batch: Batch, one_pass: Callable[[Batch], torch.Tensor]
+) -> tuple[Passes, Passes]:
+    """Passes of the libraries' path and of the fused one, in turns; the first of each is slow and does not count."""
+    random = RandomState.current()
+    best: dict[bool, Passes] = {}
+    for turn in range(1 + TIMED_PASSES):
+        for fused in (False, True):
+            fast.use(fused)
+            random.restore()
+            now = _measured(model, batch, one_pass)
+            before = best.get(fused)
+            if before is None or turn == 1 or now.seconds < before.seconds:
+                best[fused] = now
+    return best[False], best[True]
+
+
+def _measured(model: PeftModel, batch: Batch, one_pass: Callable[[Batch], torch.Tensor]) -> Passes:
+    model.zero_grad()
+    device = batch["input_ids"].device
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    loss = one_pass(dict(batch))
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - began
+    gradients = {
+        name: weight.grad.detach().to("cpu", copy=True)
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+    return Passes(float(loss), gradients, seconds, torch.cuda.max_memory_allocated(device) if on_gpu else None)
+
+
+def _compared(plain: Passes, fused: Passes, tokens: tuple[int, int], *, dtype: torch.dtype) -> Trial:
+    limits = IN_FP32 if dtype == torch.float32 else IN_16_BITS
+    loss_distance = abs(fused.loss - plain.loss) / (abs(plain.loss) or 1.0)
+    kind, of_kind = _farthest(plain.gradients, fused.gradients, by=_kind)
+    name, of_single = _farthest(plain.gradients, fused.gradients, by=str)
+    time_ratio = fused.seconds / plain.seconds
+    found = f"gradients {of_kind:.1g} apart (at most {limits.kind:g}), {time_ratio:.2f} of the time"
+    if plain.peak_bytes is not None and fused.peak_bytes is not None:
+        found += f", peak {fused.peak_bytes / 1e9:.2f} GB instead of {plain.peak_bytes / 1e9:.2f}"
+    refusal = None
+    if not loss_distance <= limits.loss:  # so that NaN is refused too
+        refusal = f"its loss is {fused.loss:.6g} and should be {plain.loss:.6g}"
+    elif not of_kind <= limits.kind:
+        refusal = f"its gradients of {kind} are wrong"
+    elif not of_single <= limits.single:
+        refusal = f"its gradient of {name} is wrong"
+    elif time_ratio > MOST_TIME:
+        refusal = "it is slower here"
+    return Trial(tokens, refusal, found)
+
+
+def _farthest(
+    plain: Mapping[str, torch.Tensor], fused: Mapping[str, torch.Tensor], *, by: Callable[[str], str]
+) -> tuple[str, float]:
+    """The group of weights, by ``by`` of their names, whose gradients are farthest apart, and how far, relatively."""
+    if plain.keys() != fused.keys():
+        return min(plain.keys() ^ fused.keys()), math.inf
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for name, gradient in plain.items():
+        group = sums[by(name)]
+        group[0] += float((fused[name] - gradient).double().square().sum())
+        group[1] += float(gradient.double().square().sum())
+    distances = {group: math.sqrt(off / (whole or 1.0)) for group, (off, whole) in sums.items()}
+    worst = max(distances, key=lambda group: math.inf if math.isnan(distances[group]) else distances[group])
+    return worst, distances[worst]
+
+
+def _kind(name: str) -> str:
+    """``q_proj.lora_A`` of ``base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight``."""
+    return ".".join(part for part in name.split(".")[-4:] if part not in ("default", "weight"))
+
+
+@contextmanager
+def _without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
+
+
+@contextmanager
+def _no_zeros(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block no trained weight is all zeros, as B is at the start: A would have no gradient."""
+    source = torch.Generator().manual_seed(_SEED)
+    zeros = [weight for weight in model.parameters() if weight.requires_grad and not weight.any()]
+    with torch.no_grad():
+        for weight in zeros:
+            weight.copy_(torch.randn(weight.shape, generator=source).mul_(_B_SCALE))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in zeros:
+                weight.zero_()
