@@ -2,16 +2,19 @@
 
     python benchmarks/memory_gpu.py [--device cuda|cpu] [--quick] [--json FILE]
 
-On a GPU the peak is `torch.cuda.max_memory_allocated`; nothing is downloaded, the 4-bit weights are made in place. On a
-CPU the bytes of all tensors are counted, with torch's profiler for those that come and go. GPUs: not measured yet.
+By the libraries' own layers and by the fused path, at 7B with the embedding on the host too. On a GPU the peak is
+`torch.cuda.max_memory_allocated`; nothing is downloaded, the 4-bit weights are made in place. On a CPU the bytes of all
+tensors are counted, with torch's profiler for those that come and go. GPUs: not measured yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,22 @@ from rich.table import Table
 
 from qlora_kit.architecture import Architecture, read_architecture
 from qlora_kit.config import LoraSection
+from qlora_kit.fast import ScoredModel, fast_path
 from qlora_kit.four_bit import linear4bit_modules
 from qlora_kit.memory.estimate import estimate
 from qlora_kit.memory.workload import Device, Workload, lora_pairs
 from qlora_kit.models import attach_lora
+from qlora_kit.training.host_embedding import HostEmbedding, put_embedding_on_host
 
 COMMON = {"model_type": "qwen2", "max_position_embeddings": 32_768}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 32_768, "tie_word_embeddings": True,
+    },
+    "tiny, untied": {
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 32_768, "tie_word_embeddings": False,
     },
     "0.5B": {
         "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
@@ -56,20 +65,25 @@ class Case:
     rows: int
     length: int
     checkpointing: bool
+    fused: bool = False
+    embedding_on_host: bool = False
 
 
 def cases(device: str, *, quick: bool) -> list[Case]:
     """What is run: on a CPU the small shape alone."""
     if device == "cpu":
         lengths = (64,) if quick else (64, 128, 256)
-        return [Case("tiny", rows, length, kept) for length in lengths for rows in (1, 2) for kept in (False, True)]
+        every = product(lengths, (1, 2), (False, True), (False, True))
+        plain = [Case("tiny", rows, length, kept, fused) for length, rows, kept, fused in every]
+        return [*plain, *(Case("tiny, untied", 1, lengths[-1], True, True, on_host) for on_host in (False, True))]
     shapes = ("0.5B", "7B") if quick else ("0.5B", "1.5B", "7B")
-    return [
-        Case(shape, rows, length, kept)
+    on_device = [
+        Case(shape, rows, length, kept, fused)
         for shape in shapes
         for rows, length in ((1, 2048), (4, 1024), (1, 8192))
-        for kept in (True, False)
+        for kept, fused in product((True, False), (False, True))
     ]
+    return [*on_device, *(Case("7B", 1, 2048, True, fused, True) for fused in (False, True))]
 
 
 def random_base(architecture: Architecture, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
@@ -96,18 +110,58 @@ def random_base(architecture: Architecture, config: dict[str, Any], device: torc
     model.model.rotary_emb = type(model.model.rotary_emb)(settings).to(device)
     for module in linear4bit_modules(model).values():
         module.support_avx512bf16_for_cpu = False
+    model.is_loaded_in_4bit = True  # as transformers notes it while loading; PEFT and TRL look there
     return model
 
 
-def trainable_model(case: Case, config: dict[str, Any], device: torch.device) -> tuple[Any, Workload]:
-    """The model as training has it (fp32 adapters, TRL's fused head), and its workload."""
+@dataclass(frozen=True)
+class Trained:
+    """A model that can be trained.
+
+    Attributes:
+        model: With fp32 adapters.
+        called: What the trainer calls: the model with TRL's fused head, or with the kit's.
+        workload: What is predicted of it.
+        device: Where it is.
+    """
+
+    model: Any
+    called: Any
+    workload: Workload
+    device: torch.device
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW of what is trained."""
+        return torch.optim.AdamW([parameter for parameter in self.model.parameters() if parameter.requires_grad])
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One training step; with more rows than one, one of them is padded, as in real data."""
+        rows, length, device = self.workload.batch_size, self.workload.length, self.device
+        ids = torch.randint(self.workload.architecture.vocab_size, (rows, length), device=device)
+        mask = torch.ones_like(ids)
+        if rows > 1:
+            mask[0, length - length // 8 :] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.workload.compute_bytes == 2):
+            output = self.called(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
+        (-output.log_probs.sum() / ids.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@contextmanager
+def trained(case: Case, config: dict[str, Any], device: torch.device) -> Iterator[Trained]:
+    """The model of a case, on the fused path inside the block if the case says so."""
     from trl.trainer.utils import add_fused_lm_head
 
     on: Device = "cuda" if device.type == "cuda" else "cpu"
     dtype = torch.bfloat16 if on == "cuda" else torch.float32
     architecture = read_architecture(config, where=case.shape)
     lora = LoraSection()
-    model = attach_lora(random_base(architecture, config, device, dtype), lora)
+    base = random_base(architecture, config, device, dtype)
+    if case.embedding_on_host:
+        put_embedding_on_host(base)
+    model = attach_lora(base, lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -123,46 +177,44 @@ def trainable_model(case: Case, config: dict[str, Any], device: torch.device) ->
         checkpointing=case.checkpointing,
         compute_bytes=2 if on == "cuda" else 4,
         device=on,
+        fast=case.fused,
+        embedding_on_host=case.embedding_on_host,
     )
-    return model.train(), workload
+    model.train()
+    if not case.fused:
+        yield Trained(model, model, workload, device)
+        return
+    with fast_path(model) as fast:
+        left = [piece for piece in fast.pieces if piece.reason is not None]
+        if fast.head is None or left:
+            raise RuntimeError(f"not fused: {left}")
+        yield Trained(model, ScoredModel(model, fast.head), workload, device)
 
 
-def step(model: Any, workload: Workload, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """One training step; with more rows than one, the first is padded, as in real data."""
-    ids = torch.randint(workload.architecture.vocab_size, (workload.batch_size, workload.length), device=device)
-    mask = torch.ones_like(ids)
-    if workload.batch_size > 1:
-        mask[0, : workload.length // 8] = 0
-    with torch.autocast(device.type, torch.bfloat16, enabled=workload.compute_bytes == 2):
-        output = model(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True)
-    (-output.log_probs.sum() / ids.numel()).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def peak_on_gpu(model: Any, workload: Workload, device: torch.device) -> int:
+def peak_on_gpu(run: Trained) -> int:
     """What torch had allocated at most."""
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    torch.cuda.reset_peak_memory_stats(device)
+    optimizer = run.optimizer()
+    torch.cuda.reset_peak_memory_stats(run.device)
     for _ in range(STEPS):
-        step(model, workload, optimizer, device)
-    return torch.cuda.max_memory_allocated(device)
+        run.step(optimizer)
+    return torch.cuda.max_memory_allocated(run.device)
 
 
-def counted_on_cpu(model: Any, workload: Workload, device: torch.device) -> int:
+def counted_on_cpu(run: Trained) -> int:
     """The tensors that stay, and the most that was allocated beyond them in a step."""
     from torch.profiler import ProfilerActivity, profile
 
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    step(model, workload, optimizer, device)
-    kept = list(chain(model.parameters(), model.buffers()))
-    for module in linear4bit_modules(model).values():
+    optimizer = run.optimizer()
+    run.step(optimizer)
+    kept = list(chain(run.model.parameters(), run.model.buffers()))
+    for module in linear4bit_modules(run.model).values():
         state = module.weight.quant_state
         kept += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     kept += [value for entry in optimizer.state.values() for value in entry.values()]
+    kept += [module.rows for module in run.model.modules() if isinstance(module, HostEmbedding)]
     static = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step(model, workload, optimizer, device)
+        run.step(optimizer)
     if profiled.profiler is None:
         raise RuntimeError("torch's profiler recorded nothing")
     events = profiled.profiler.kineto_results.events()
@@ -176,10 +228,10 @@ def counted_on_cpu(model: Any, workload: Workload, device: torch.device) -> int:
 def compare(case: Case, device: torch.device) -> dict[str, Any]:
     """One case: bytes that were measured and predicted."""
     config = {**COMMON, **SHAPES[case.shape]}
-    model, workload = trainable_model(case, config, device)
-    measure = peak_on_gpu if device.type == "cuda" else counted_on_cpu
-    measured, predicted = measure(model, workload, device), estimate(workload).allocated_bytes
-    del model
+    with trained(case, config, device) as run:
+        measured = (peak_on_gpu if device.type == "cuda" else counted_on_cpu)(run)
+        predicted = estimate(run.workload).allocated_bytes
+    del run
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return {**vars(case), "measured_bytes": measured, "predicted_bytes": predicted, "ratio": predicted / measured}
@@ -196,18 +248,20 @@ def main() -> None:
     results = [compare(case, device) for case in cases(device.type, quick=arguments.quick)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, counted"
     table = Table(title=f"peak of a training step, MB ({name})")
-    for column in ("shape", "rows x tokens", "checkpointing", "measured", "predicted", "ratio"):
-        table.add_column(column, justify="right")
+    for column in ("shape", "rows x tokens", "recomputes", "fused", "embedding", "measured", "predicted", "ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in results:
         table.add_row(
             row["shape"],
             f"{row['rows']} x {row['length']}",
             "yes" if row["checkpointing"] else "no",
+            "yes" if row["fused"] else "no",
+            "host" if row["embedding_on_host"] else "device",
             f"{row['measured_bytes'] / 1e6:,.1f}",
             f"{row['predicted_bytes'] / 1e6:,.1f}",
             f"{row['ratio']:.3f}",
         )
-    Console().print(table)
+    Console(width=100).print(table)
     if arguments.json is not None:
         content = {"device": name, "torch": torch.__version__, "results": results}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

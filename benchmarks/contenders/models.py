@@ -91,7 +91,6 @@ def contender_model(name: str, setting: Setting, device: torch.device, folder: P
         _write_4bit(base, folder)
         del base
         return _unsloth_model(setting, dtype, folder)
-    base.is_loaded_in_4bit = True  # as transformers notes it while loading; PEFT and TRL look there
     if name == LIGER:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
