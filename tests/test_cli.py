@@ -146,6 +146,29 @@ def test_the_version_is_the_installed_ones(command: Callable[..., Outcome]) -> N
     assert not {"torch", "transformers", "pydantic", "numpy"} & set(loaded)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "hello", "--adapter", "sentiment", "--adapter", "translation"),
+        ("merge", "sentiment", "--out", "here", "--out=there"),
+        ("adapters", "list", "--store", "one", "--store", "two"),
+        ("adapters", "combine", "a", "b", "--name", "one", "--name", "two"),
+    ],
+)
+def test_an_option_with_one_value_is_not_given_twice(
+    command: Callable[..., Outcome], arguments: tuple[str, ...]
+) -> None:
+    (name,) = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+    refused(command(*arguments), f"{name} was given more than once", "one value")
+
+
+def test_options_that_take_several_values_and_flags_may_be_given_again(command: Callable[..., Outcome]) -> None:
+    found = command("adapters", "list", "--store", ROOT / "adapters", "--json", "--json")
+    assert found.code == 0, found.err
+    found = command("eval", "--adapter", "nope", "--adapter", "neither")
+    assert "more than once" not in found.err
+
+
 def test_an_unknown_task_is_told_with_the_tasks_that_there_are(command: Callable[..., Outcome], tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     found = command("eval", "--task", "nope")

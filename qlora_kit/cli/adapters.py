@@ -13,6 +13,7 @@ from qlora_kit.adapters.contract_file import ADOPTED
 from qlora_kit.adapters.store import DEFAULT_STORE
 from qlora_kit.cli.adapter_card import card_json, card_rows
 from qlora_kit.cli.output import JsonOption, in_units, print_json, say, stdout_console
+from qlora_kit.cli.verb import Verb
 
 if TYPE_CHECKING:
     from qlora_kit.adapters import AdapterCard, AdapterStore
@@ -23,7 +24,7 @@ app = typer.Typer(
 StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder.")]
 
 
-@app.command("list")
+@app.command("list", cls=Verb)
 def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List the store's adapters."""
     if not store.is_dir():
@@ -38,7 +39,7 @@ def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = Fals
         say(f"left out: {problem}")
 
 
-@app.command("show")
+@app.command("show", cls=Verb)
 def show_adapter(
     adapter: Annotated[str, typer.Argument(help="A store name or a folder.")],
     *,
@@ -64,7 +65,7 @@ def show_adapter(
     stdout_console().print(table)
 
 
-@app.command("add")
+@app.command("add", cls=Verb)
 def add_adapter(
     run: Annotated[Path, typer.Argument(help="A finished run folder, or any adapter folder.")],
     *,
@@ -80,13 +81,13 @@ def add_adapter(
     _tell(card, f"added to {store}", json=json)
 
 
-@app.command("rename")
+@app.command("rename", cls=Verb)
 def rename_adapter(old: str, new: str, *, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """Give an adapter another name."""
     _tell(_store(store).rename(old, new), f"renamed from {old}", json=json)
 
 
-@app.command("delete")
+@app.command("delete", cls=Verb)
 def delete_adapter(name: str, *, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """Delete an adapter from the store."""
     _store(store).delete(name)

@@ -31,6 +31,7 @@ from qlora_kit.cli import (
     serve,
     training,
 )
+from qlora_kit.cli.verb import Verb
 from qlora_kit.errors import QloraKitError
 from qlora_kit.launched import is_main_process
 
@@ -54,22 +55,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="doctor")(doctor.doctor)
-app.command(name="init")(init.init)
-app.command(name="info")(info.info)
-app.command(name="plan")(plan.plan)
-app.command(name="data")(data.check_data)
-app.command(name="train")(training.train)
-app.command(name="report")(report.report)
-app.command(name="eval")(evaluation.evaluate)
-app.command(name="generate")(generation.generate)
-app.command(name="chat")(chat.chat)
-app.command(name="serve")(serve.serve)
-app.command(name="merge")(merging.merge)
-app.command(name="export")(export.export)
-app.command(name="push")(push.push)
-adapters.app.command(name="adopt")(adoption.adopt_adapter)
-adapters.app.command(name="combine")(combining.combine_adapters)
+app.command(name="doctor", cls=Verb)(doctor.doctor)
+app.command(name="init", cls=Verb)(init.init)
+app.command(name="info", cls=Verb)(info.info)
+app.command(name="plan", cls=Verb)(plan.plan)
+app.command(name="data", cls=Verb)(data.check_data)
+app.command(name="train", cls=Verb)(training.train)
+app.command(name="report", cls=Verb)(report.report)
+app.command(name="eval", cls=Verb)(evaluation.evaluate)
+app.command(name="generate", cls=Verb)(generation.generate)
+app.command(name="chat", cls=Verb)(chat.chat)
+app.command(name="serve", cls=Verb)(serve.serve)
+app.command(name="merge", cls=Verb)(merging.merge)
+app.command(name="export", cls=Verb)(export.export)
+app.command(name="push", cls=Verb)(push.push)
+adapters.app.command(name="adopt", cls=Verb)(adoption.adopt_adapter)
+adapters.app.command(name="combine", cls=Verb)(combining.combine_adapters)
 app.add_typer(adapters.app, name="adapters")
 
 
