@@ -211,6 +211,29 @@ def test_both_paths_agree(device: str, dtype: torch.dtype, batch: Callable[[], d
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.parametrize("batch", [padded_batch, packed_batch])
+@pytest.mark.usefixtures("unmeasured")
+def test_tokens_are_random_and_what_counts_stays(batch: Callable[[], dict[str, torch.Tensor]]) -> None:
+    given, seen = batch(), []
+    model = with_lora(base_model())
+    fast = FastSwitch(model)
+    right = one_pass_of(fast, model)
+
+    def one_pass(batch: Mapping[str, Any]) -> torch.Tensor:
+        seen.append(dict(batch))
+        return right(batch)
+
+    try_both(fast, model, given, one_pass)
+    for found in seen:
+        assert torch.equal(found["input_ids"], seen[0]["input_ids"])
+        assert (found["input_ids"] != given["input_ids"]).float().mean() > 0.9
+        counts = given["labels"] != -100
+        assert torch.equal(found["labels"], found["input_ids"].masked_fill(~counts, -100))
+        same = given.keys() - {"input_ids", "labels"}
+        assert all(torch.equal(found[name], given[name]) for name in same)
+    assert torch.equal(given["input_ids"], batch()["input_ids"])
+
+
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("name", ["q_proj", "v_proj", "up_proj", "down_proj"])
 @pytest.mark.usefixtures("unmeasured")

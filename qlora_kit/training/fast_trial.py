@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.fast.unpadding import IGNORED
 from qlora_kit.training.batch_rows import halved
 from qlora_kit.training.position import RandomState
 from qlora_kit.training.run_facts import StopRequested
@@ -89,26 +90,27 @@ class Trial:
 
 
 def try_both(fast: FastSwitch, model: PeftModel, batch: Batch, one_pass: Callable[[Batch], torch.Tensor]) -> Trial:
-    """Compare the two paths on ``batch``, or on as much of it as there is memory for.
+    """Compare the two paths on a batch like ``batch``, or on as much of it as there is memory for.
 
-    Dropout, which draws other masks on each of them, is off meanwhile, and pairs that begin at zero are not zero, so
-    that every gradient counts. Both are put back, and the path in use; random states and gradients are the caller's.
+    Its tokens are random: of answers that are learned already, rounding decides the 16-bit gradients. Dropout is off
+    meanwhile, since its masks are others on each path, and pairs that begin at zero are not zero, so that every
+    gradient counts. All this is put back, and the path in use; random states and gradients are the caller's.
 
     Args:
         fast: Of the model.
         model: The one that is trained, in train mode.
-        batch: On the model's device.
+        batch: On the model's device; its rows, padding and supervised tokens are those of the trial.
         one_pass: The loss of a batch, after its forward and backward pass.
 
     Raises:
         StopRequested: ``one_pass`` did.
     """
-    used = fast.used
-    if model.get_base_model().config.to_dict().get("attention_dropout"):
+    used, base = fast.used, model.get_base_model()
+    if base.config.to_dict().get("attention_dropout"):
         return Trial(tuple(batch["input_ids"].shape), "attention_dropout draws other masks on it", "not compared")
     try:
         with _without_dropout(model), _no_zeros(model):
-            return _tried(fast, model, batch, one_pass)
+            return _tried(fast, model, _with_random_tokens(batch, base.config.vocab_size), one_pass)
     finally:
         fast.use(used)
 
@@ -214,6 +216,12 @@ def _farthest(
 def _kind(name: str) -> str:
     """``q_proj.lora_A`` of ``base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight``."""
     return ".".join(part for part in name.split(".")[-4:] if part not in ("default", "weight"))
+
+
+def _with_random_tokens(batch: Batch, vocabulary: int) -> dict[str, Any]:
+    ids, labels = batch["input_ids"], batch["labels"]
+    drawn = torch.randint(vocabulary, ids.shape, generator=torch.Generator().manual_seed(_SEED)).to(ids)
+    return {**batch, "input_ids": drawn, "labels": torch.where(labels == IGNORED, labels, drawn)}
 
 
 @contextmanager
