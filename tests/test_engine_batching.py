@@ -342,6 +342,22 @@ def test_an_adapter_whose_numbers_overflow_fails_its_own_requests_alone(
     assert [ids_of(handle) for handle in handles] == [expected[index] for index in (0, 1, 2, 6, 7, 8)]
 
 
+def test_a_prompt_that_is_given_up_leaves_no_numbers_that_are_not_finite(
+    random_base: Path, random_model: PreTrainedModel, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its place comes a row that is shorter than the one read beside it."""
+    monkeypatch.setattr("qlora_kit.engine.lane.PREFILL_TOKENS", 64)
+    folder = write_adapter(store.parent / "worse", random_model, scale=1e30, target_modules=["down_proj"])
+    prompts = [tuple(range(20, 23)), tuple(range(20, 50))]
+    engine = make_engine(random_base, store)
+    engine.load(str(folder))
+    given_up = engine.submit(Request(prompt_ids=tuple(range(10, 310)), adapter="worse", sampling=Sampling(2)))
+    engine.advance()
+    given_up.cancel()
+    handles = [engine.submit(Request(prompt_ids=prompt, sampling=Sampling(4))) for prompt in prompts]
+    assert [ids_of(handle) for handle in handles] == [alone(random_model, prompt, 4) for prompt in prompts]
+
+
 def test_a_request_may_arrive_while_those_that_wait_are_looked_through(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,3 +524,104 @@ def test_memory_that_runs_out_while_the_block_grows_costs_the_new_row_alone(
     for delta in stream:
         tokens += delta.token_ids
     assert [tokens, ids_of(third)] == expected[:2]
+
+
+def test_memory_that_runs_out_while_the_bank_grows_costs_the_new_adapter_alone(
+    random_base: Path,
+    random_model: PreTrainedModel,
+    store: Path,
+    expected: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a group of layers, the A's have their larger place by then, and the B's have not."""
+    write_adapter(tmp_path / "wide", random_model, r=16)
+    engine = make_engine(random_base, store)
+    engine.load(str(tmp_path / "wide"))
+    assert ids_of(engine.submit(request(1))) == expected[1]
+    original, calls = torch.zeros, [0]
+
+    def run_out(*size: Any, **options: Any) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return original(*size, **options)
+
+    monkeypatch.setattr(torch, "zeros", run_out)
+    with pytest.raises(GuardError, match="memory ran out"):
+        engine.submit(Request(prompt_ids=PROMPTS[0], adapter="wide", sampling=Sampling(2))).result()
+    monkeypatch.undo()
+    assert calls[0] == 3
+    assert [ids_of(engine.submit(request(index))) for index in (1, 2)] == expected[1:3]
+    assert engine.submit(Request(prompt_ids=PROMPTS[0], adapter="wide", sampling=Sampling(2))).result()
+
+
+def test_memory_that_runs_out_while_an_adapter_is_attached_comes_out_of_the_handle(
+    random_base: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(random_base, store)
+
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("qlora_kit.engine.peft_path.attach_adapter", run_out)
+    with pytest.raises(AdapterError, match="dora: memory ran out"):
+        engine.submit(Request(prompt_ids=PROMPTS[0], adapter="dora", sampling=Sampling(2))).result()
+
+
+def test_a_long_prompt_is_read_though_shorter_ones_keep_coming(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kit.engine.lane.PREFILL_TOKENS", 64)
+    long = engine.submit(Request(prompt_ids=PROMPTS[0] * 60, sampling=Sampling(1)))  # read in parts
+    middle = engine.submit(Request(prompt_ids=tuple(range(100, 160)), sampling=Sampling(1)))  # whole, but alone
+    shorter: list[Handle] = []
+    for number in range(60):
+        shorter.append(engine.submit(Request(prompt_ids=(10, 11, 12 + number), sampling=Sampling(1))))
+        engine.advance()
+    assert long.is_done
+    assert middle.is_done
+    assert all(handle.result().completion_tokens <= 1 for handle in shorter)
+
+
+def test_a_batch_of_no_rows_is_refused(engine: Engine) -> None:
+    """It would wait for ever."""
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        engine.generate([[Message("user", "Hello")]], batch_size=0)
+
+
+def test_every_request_that_ends_is_counted(engine: Engine) -> None:
+    before = engine.stats().requests_done
+    handles = [engine.submit(request(0)) for _ in range(3)]
+    handles[1].cancel()  # it has not joined the batch
+    for handle in handles:
+        handle.result()
+    engine.submit(request(0))
+    engine.close()  # nor has this one
+    assert engine.stats().requests_done == before + 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_request_that_arrives_while_the_engine_fails_does_not_wait(
+    random_base: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(random_base, store).start()
+    submit = engine._scheduler.submit
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("launch failure")
+
+    def late(row: Any) -> None:
+        """The thread has failed all requests before this one is among them."""
+        monkeypatch.setattr(engine._scheduler, "submit", submit)
+        with pytest.raises(Interrupted):
+            engine.submit(request(1)).result()
+        submit(row)
+
+    monkeypatch.setattr("qlora_kit.generation.kv_rows.KvRows.forward", fail)
+    monkeypatch.setattr(engine._scheduler, "submit", late)
+    handle = engine.submit(request(0))
+    assert handle.is_done
+    for refused in (handle, engine.submit(request(0))):
+        with pytest.raises(Interrupted, match="launch failure") as caught:
+            refused.result()
+        assert "start it again" in caught.value.faults[0].fix
+    engine.close()

@@ -123,6 +123,45 @@ def test_more_adapters_than_slots_and_more_than_host_memory_takes(
     assert engine.available() == ("a", "b", "c", "d", "dora")
 
 
+def test_adapters_that_go_through_peft_count_too(
+    random_base: Path, random_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("xyz"):
+        write_adapter(tmp_path / name, random_model, seed=seed, use_dora=True)
+    engine = Engine(str(random_base), store=tmp_path, quantization=QuantizationSection(load_in_4bit=False))
+    engine._loaded._host_bytes = 2 * (tmp_path / "x" / "adapter_model.safetensors").stat().st_size
+    for name in "xyz":
+        assert ask(engine, name).result()
+    assert engine.adapters == ("y", "z")
+
+
+def test_an_adapter_that_is_unloaded_while_a_request_names_it_leaves_nothing_behind(
+    engine: Engine,
+) -> None:
+    """Between a look at the loaded ones and the note that it was used."""
+    loaded = engine._loaded
+    looks = []
+
+    class Name(str):
+        __slots__ = ()
+        __eq__ = str.__eq__
+
+        def __hash__(self) -> int:
+            looks.append(self)
+            if len(looks) == 3:
+                loaded.unload("a")
+            return str.__hash__(self)
+
+    for name in ("a", "b"):
+        if name in engine.adapters:
+            engine.unload(name)
+    assert ask(engine, "a").result()
+    assert loaded.wanted(Name("a")).name == "a"
+    assert len(looks) >= 3
+    assert "a" not in engine.adapters
+    assert ask(engine, "b").result()
+
+
 def test_loading_beside_a_model_that_is_in_use_never_waits_for_itself(engine: Engine) -> None:
     """One thread uses the model and loads inside, another loads one that PEFT attaches: neither blocks the other."""
     started = threading.Event()
@@ -251,6 +290,8 @@ def test_the_prefix_cache_keeps_to_its_bytes_and_finds_the_longest() -> None:
     assert cache.longest("a", (*tokens[2], 1)) is None  # the least recently used
     cache.put("a", (*tokens[0], *range(500, 510)), row(50))  # takes the place of its beginning
     assert cache.bytes == row(50).bytes + row(40).bytes  # and another went for it
+    cache.put("a", (*tokens[0], *range(500, 600)), row(140))  # more than there is room for
+    assert cache.bytes == row(50).bytes + row(40).bytes  # so its beginning stays
 
 
 def test_five_lines_from_import_to_two_adapters_in_one_batch(

@@ -22,13 +22,14 @@ from qlora_kit.config import QuantizationSection
 from qlora_kit.conversation import Message
 from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.engine.entrance import Entrance
+from qlora_kit.engine.failures import out_of_memory
 from qlora_kit.engine.loaded import LoadedAdapters
 from qlora_kit.engine.loop import EngineLoop
 from qlora_kit.engine.requests import Answer, Handle, Request
 from qlora_kit.engine.row import Parts
 from qlora_kit.engine.scheduler import Scheduler
 from qlora_kit.engine.stats import EngineStats
-from qlora_kit.errors import ConfigError, Fault, QloraKitError
+from qlora_kit.errors import AdapterError, ConfigError, Fault, QloraKitError
 from qlora_kit.generation import Sampling
 from qlora_kit.models import base_facts, base_quantization, load_base_model, load_tokenizer, quantization_facts
 
@@ -180,7 +181,14 @@ class Engine:
 
     def _attach(self, adapter: AdapterSnapshot) -> str:
         with self._scheduler.lock:
-            return self._scheduler.peft.attach(adapter)
+            try:
+                return self._scheduler.peft.attach(adapter)
+            except out_of_memory() as error:
+                raise AdapterError(
+                    f"{adapter.files.folder}: memory ran out while it was put on the base: {error}",
+                    expected="room for it beside the base",
+                    fix="unload other adapters that are more than LoRA pairs, or give the engine less kv_bytes",
+                ) from error
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[PreTrainedModel]:
@@ -215,8 +223,11 @@ class Engine:
             batch_size: Conversations at once, where the engine's thread does not run.
 
         Raises:
+            ConfigError: ``batch_size`` is less than 1.
             QloraKitError: One of them cannot be answered; the others are given up.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}", expected="1 or more", fix="choose another batch_size")
         names = [adapter] * len(conversations) if adapter is None or isinstance(adapter, str) else list(adapter)
         if len(names) != len(conversations):
             what = f"{len(names)} adapters are given for {len(conversations)} conversations"

@@ -30,15 +30,20 @@ class Lane:
         return len(self.rows) + len(self.entering) + (self.reading is not None)
 
     def next_group(self) -> list[Row]:
-        """The rows whose prompts are read in this step: one long prompt, or several that fit together."""
+        """The rows whose prompts are read in this step: the one that came first, and those like it that fit beside it.
+
+        The first one leads, or a prompt of many tokens would wait as long as shorter ones come.
+        """
         if self.reading is not None:
             return [self.reading]
-        self.entering.sort(key=_unread)
-        size = 0
-        while size < len(self.entering) and (size + 1) * _unread(self.entering[size]) <= PREFILL_TOKENS:
-            size += 1
-        size = max(size, min(1, len(self.entering)))
-        group, self.entering = self.entering[:size], self.entering[size:]
+        if not self.entering:
+            return []
+        first, *others = self.entering
+        group, longest = [first], _unread(first)
+        for row in sorted(others, key=lambda row: abs(_unread(row) - _unread(first))):  # little padding
+            if (len(group) + 1) * max(longest, _unread(row)) <= PREFILL_TOKENS:
+                group, longest = [*group, row], max(longest, _unread(row))
+        self.entering = [row for row in others if row not in group]
         return group
 
     def bytes_with(self, row: Row | None) -> int:
@@ -87,6 +92,12 @@ class Lane:
         self.reading = None
         self.rows.extend(group)
         return True
+
+    def stop_reading(self) -> None:
+        """Forget a prompt that was read in part. Nobody has looked whether it is finite, as ``KvRows.clear`` asks."""
+        if self.reading is not None:
+            self.kv.clear(len(self.rows))
+            self.reading = None
 
     def make_room(self, room_bytes: int) -> None:
         """One more token for each row under way; ``room_bytes`` as in ``prepare``."""

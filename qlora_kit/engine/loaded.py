@@ -24,6 +24,7 @@ class LoadedAdapter:
         version: Another for each load.
         folder: Where it was read.
         contract: None for one trained elsewhere.
+        bytes: Memory that it takes, on the host or, through PEFT, on the device.
         factors: Its pairs; None for one that goes through PEFT.
         peft_slot: PEFT's name for it; None for one in the bank.
     """
@@ -32,6 +33,7 @@ class LoadedAdapter:
     version: int
     folder: Path
     contract: AdapterContract | None
+    bytes: int
     factors: LoraFactors | None
     peft_slot: str | None
 
@@ -46,7 +48,6 @@ class LoadedAdapters:
         *,
         attach: Callable[[AdapterSnapshot], str],
         drop: Callable[[LoadedAdapter], None],
-        host_bytes: int = HOST_BYTES,
     ) -> None:
         """Begin with none.
 
@@ -55,15 +56,15 @@ class LoadedAdapters:
             require_fit: Raises for an adapter that the base cannot take.
             attach: Puts an adapter on the base through PEFT.
             drop: Called with each version that no new request gets any more.
-            host_bytes: See ``HOST_BYTES``.
         """
         self._store = store
         self._require_fit = require_fit
         self._attach = attach
         self._drop = drop
-        self._host_bytes = host_bytes
+        self._host_bytes = HOST_BYTES
         self._newest: dict[str, LoadedAdapter] = {}
-        self._by_request: dict[str, int] = {}  # names that nobody loaded by hand, and when they were last used
+        self._by_request: set[str] = set()  # names that nobody loaded by hand
+        self._last_used: dict[str, int] = {}  # when they were, written by any thread; some may be gone
         self._versions = 0
         self._uses = 0
         self.changing = threading.RLock()  # held while files are read, taken before the scheduler's; names need none
@@ -105,7 +106,7 @@ class LoadedAdapters:
                     expected="one name for each loaded adapter",
                     fix="rename one of the two folders",
                 )
-            self._by_request.pop(folder.name, None)
+            self._by_request.discard(folder.name)
             return held
 
     def wanted(self, name: str) -> LoadedAdapter:
@@ -120,7 +121,7 @@ class LoadedAdapters:
                 adapter = self._newest.get(name) or self._brought_in(name)
         if name in self._by_request:
             self._uses += 1
-            self._by_request[name] = self._uses
+            self._last_used[name] = self._uses
         return adapter
 
     def reload(self, name: str) -> LoadedAdapter:
@@ -144,19 +145,21 @@ class LoadedAdapters:
         with self.changing:
             self._drop(self.get(name))
             del self._newest[name]
-            self._by_request.pop(name, None)
+            self._by_request.discard(name)
+            self._last_used.pop(name, None)
 
     def _read(self, name: str, place: str | Path) -> LoadedAdapter:
         snapshot = read_adapter(lambda: self._store.get(place), self._require_fit)
-        banked = can_be_banked(snapshot.files)
+        factors = read_factors(snapshot) if can_be_banked(snapshot.files) else None
         self._versions += 1
         adapter = LoadedAdapter(
             name=name,
             version=self._versions,
             folder=snapshot.files.folder.resolve(),
             contract=snapshot.contract,
-            factors=read_factors(snapshot) if banked else None,
-            peft_slot=None if banked else self._attach(snapshot),
+            bytes=sum(map(len, snapshot.tensors.values())) if factors is None else factors.bytes,
+            factors=factors,
+            peft_slot=self._attach(snapshot) if factors is None else None,
         )
         self._newest[name] = adapter
         return adapter
@@ -166,13 +169,13 @@ class LoadedAdapters:
         if folder.name != name or folder.parent != self._store.root:  # a path, which only the program itself may load
             return self.get(name)
         adapter = self._read(name, name)
-        held = sorted(self._by_request, key=self._by_request.__getitem__)
-        total = _bytes(adapter) + sum(_bytes(self._newest[other]) for other in held)
+        held = sorted(self._by_request, key=lambda other: self._last_used.get(other, 0))
+        total_bytes = adapter.bytes + sum(self._newest[other].bytes for other in held)
         for other in held:
-            if total > self._host_bytes:
-                total -= _bytes(self._newest[other])
+            if total_bytes > self._host_bytes:
+                total_bytes -= self._newest[other].bytes
                 self.unload(other)
-        self._by_request[name] = self._uses
+        self._by_request.add(name)
         return adapter
 
 
@@ -181,7 +184,3 @@ def longest_answer(adapters: Sequence[LoadedAdapter]) -> int | None:
     contracts = [adapter.contract for adapter in adapters if adapter.contract is not None]
     limits = [contract.generation.get("max_new_tokens") for contract in contracts]
     return max((limit for limit in limits if limit is not None), default=None)
-
-
-def _bytes(adapter: LoadedAdapter) -> int:
-    return 0 if adapter.factors is None else adapter.factors.bytes

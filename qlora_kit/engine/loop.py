@@ -9,6 +9,7 @@ from qlora_kit.engine.scheduler import Scheduler
 from qlora_kit.errors import Interrupted
 
 _IDLE_SECONDS = 0.01
+_CLOSED = "the engine was closed before the request was answered"
 
 
 class EngineLoop:
@@ -18,7 +19,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._thread: threading.Thread | None = None
         self._work = threading.Event()
-        self._is_closing = False
+        self._ended: str | None = None  # why no request may join now
 
     @property
     def is_started(self) -> bool:
@@ -31,9 +32,11 @@ class EngineLoop:
         Raises:
             Interrupted: The loop is being closed, or its thread has failed.
         """
-        if self._is_closing:
-            raise _closed()
+        if (ended := self._ended) is not None:
+            raise _refusal(ended)
         self._scheduler.submit(row)
+        if (ended := self._ended) is not None:  # meanwhile: this request was not there yet to be failed with the others
+            self._scheduler.fail_all(_refusal(ended))
         self._work.set()
 
     def advance(self) -> None:
@@ -44,34 +47,31 @@ class EngineLoop:
     def start(self) -> None:
         """Let a thread make the steps from now on."""
         if not self.is_started:
-            self._is_closing = False
+            self._ended = None
             self._thread = threading.Thread(target=self._run, name="qlora-kit-engine", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """End the thread after the step under way; requests that are not done fail. ``start`` begins again."""
-        self._is_closing = True
+        self._ended = _CLOSED
         self._work.set()
         thread, self._thread = self._thread, None
         if thread is not None and thread is not threading.current_thread():
             thread.join()
-        self._scheduler.fail_all(_closed())
-        self._is_closing = False
+        self._scheduler.fail_all(_refusal(_CLOSED))
+        self._ended = None
 
     def _run(self) -> None:
         try:
-            while not self._is_closing:
+            while self._ended is None:
                 self._work.clear()
                 if not self._scheduler.step():
                     self._work.wait()
         except BaseException as error:
-            self._is_closing = True
-            what = f"the engine stopped: {type(error).__name__}: {error}"
-            self._scheduler.fail_all(Interrupted(what, expected="a running engine", fix="start it again"))
+            self._ended = f"the engine stopped: {type(error).__name__}: {error}"
+            self._scheduler.fail_all(_refusal(self._ended))
             raise
 
 
-def _closed() -> Interrupted:
-    return Interrupted(
-        "the engine was closed before the request was answered", expected="a running engine", fix="send it again"
-    )
+def _refusal(what: str) -> Interrupted:
+    return Interrupted(what, expected="a running engine", fix="start it again, and send the request again")

@@ -44,10 +44,10 @@ class PrefixCache:
 
     def put(self, adapter: Hashable, token_ids: tuple[int, ...], row: StoredRow) -> None:
         """Keep ``row``, which holds exactly ``token_ids``; what is a beginning of it goes."""
-        for key in [key for key in self._rows if key[0] == adapter and _shared(key[1], token_ids) == len(key[1])]:
-            self._remove(key)
         if row.bytes > self._max_bytes:
             return
+        for key in [key for key in self._rows if key[0] == adapter and _shared(key[1], token_ids) == len(key[1])]:
+            self._remove(key)
         self._rows[adapter, token_ids] = row
         self.bytes += row.bytes
         self.shrink(self._max_bytes)

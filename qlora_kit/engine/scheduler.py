@@ -184,14 +184,11 @@ class Scheduler:
         with self.lock:
             for lane in self._lanes.values():
                 for row in lane.all_rows():
-                    self._release(row)
-                    row.handle.fail(error)
+                    self._fail(row, error)
                 lane.rows, lane.entering, lane.reading = [], [], None
                 lane.kv.release()
             while self._waiting:
-                row = self._waiting.popleft()
-                self._release_peft(row)
-                row.handle.fail(error)
+                self._fail(self._waiting.popleft(), error)
 
     def _admit(self, at_most: int) -> None:
         """Rows join in the order in which they came; one that finds no slot or memory keeps the others behind it."""
@@ -202,7 +199,11 @@ class Scheduler:
             if not self._budget.admits(row, lane, self._lanes.values()):
                 return
             if row.parts.adapters and row.parts.peft_slot is None:
-                slot = self._slots.acquire(row.parts.key, row.parts.factors)
+                try:
+                    slot = self._slots.acquire(row.parts.key, row.parts.factors)
+                except out_of_memory() as error:  # the bank has to grow for it
+                    self._fail(self._waiting.popleft(), no_memory(row, error))
+                    continue
                 if slot is None:
                     return
                 row.slot = slot
@@ -224,7 +225,7 @@ class Scheduler:
             self._choose(group, keep=False)
             logits = lane.kv.forward(first, tokens, [row.length for row in group])
         except out_of_memory() as error:
-            lane.reading = None
+            lane.stop_reading()
             for row in group:
                 self._fail(row, no_memory(row, error))
             return
@@ -292,7 +293,7 @@ class Scheduler:
         waiting = list(self._waiting)  # at once: others append to it meanwhile
         for row in [row for row in waiting if row.handle.is_cancelled]:
             self._waiting.remove(row)
-            self._release_peft(row)
+            self._release(row)
             row.end("cancelled")
         for lane in self._lanes.values():
             for place in reversed(range(len(lane.rows))):
@@ -306,7 +307,7 @@ class Scheduler:
             if lane.reading is not None and lane.reading.handle.is_cancelled:
                 lane.reading.end("cancelled")
                 self._release(lane.reading)
-                lane.reading = None
+                lane.stop_reading()
 
     # --- what rows hold ---
 
@@ -319,9 +320,6 @@ class Scheduler:
         if row.slot:
             self._slots.release(row.parts.key)
             row.slot = 0
-        self._release_peft(row)
-
-    def _release_peft(self, row: Row) -> None:
         name = row.parts.peft_slot
         if name is not None:
             self._peft_users[name] -= 1

@@ -31,11 +31,6 @@ class StoredRow:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     @property
-    def length(self) -> int:
-        """How many tokens."""
-        return self.layers[0][0].shape[1]
-
-    @property
     def bytes(self) -> int:
         """Memory that they take."""
         return sum(tensor.nbytes for pair in self.layers for tensor in pair)

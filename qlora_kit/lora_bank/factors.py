@@ -32,11 +32,6 @@ class LoraFactors:
         """What they take in host memory."""
         return sum(tensor.nbytes for pair in self.pairs.values() for tensor in pair)
 
-    @cached_property
-    def rank(self) -> int:
-        """The largest rank among the pairs."""
-        return max(a.shape[0] for a, _ in self.pairs.values())
-
 
 def can_be_banked(files: AdapterFiles) -> bool:
     """Whether an adapter is LoRA pairs and nothing else; DoRA, biases, saved modules and trained tokens need PEFT."""

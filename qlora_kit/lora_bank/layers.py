@@ -65,9 +65,8 @@ class SharedInput:
         self._b: list[torch.Tensor | None] = [None] * len(layers)  # (slots, rank, out) each
         self._last = len(layers) - 1
         self._picked: _Picked | None = None
-        self._alone: tuple[torch.Tensor, torch.Tensor] | None = (
-            None  # what a layer that shares its input with none picked
-        )
+        # What a layer that shares its input with none picked.
+        self._alone: tuple[torch.Tensor, torch.Tensor] | None = None
         self._input: torch.Tensor | None = None  # what the changes below were computed for
         self._changes: tuple[_Change | None, ...] = ()
 
@@ -102,23 +101,23 @@ class SharedInput:
     def _make_room(self, slots: int, rank: int, wanted: list[bool]) -> None:
         """Larger tensors with what the old ones hold, where slots, ranks or layers are more than before."""
         options: dict[str, Any] = {"device": self._layer.weight.device, "dtype": _dtype_of(self._layer)}
-        count = len(self.names)
-        if self._a is None or self._a.shape[0] < slots or rank > self._rank:
+        count, whole, bs = len(self.names), self._a, list(self._b)
+        if whole is None or whole.shape[0] < slots or rank > self._rank:
             a = torch.zeros(slots, count, rank, self._in_features, **options)
-            if self._a is not None:
-                held = self._a.shape[0]
-                a[:held, :, : self._rank] = self._a.view(held, count, self._rank, self._in_features)
-            self._a = a.view(slots, count * rank, self._in_features)
+            if whole is not None:
+                held = whole.shape[0]
+                a[:held, :, : self._rank] = whole.view(held, count, self._rank, self._in_features)
+            whole = a.view(slots, count * rank, self._in_features)
         for position, out_features in enumerate(self._out_features):
-            old = self._b[position]
+            old = bs[position]
             if old is None and not wanted[position]:
                 continue
             if old is None or old.shape[0] < slots or rank > self._rank:
                 b = torch.zeros(slots, rank, out_features, **options)
                 if old is not None:
                     b[: old.shape[0], : self._rank] = old
-                self._b[position] = b
-        self._rank = rank
+                bs[position] = b
+        self._a, self._b, self._rank = whole, bs, rank  # at once: memory may run out before
 
     def choose(self, choice: Choice | None) -> None:
         """Which slots the next forward passes use; None for the base."""
