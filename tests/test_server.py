@@ -11,10 +11,11 @@ import pytest
 from faults.runs import make_run
 from live_server import LiveServer, serving
 from openai import OpenAI
-from scripted_engine import ScriptedEngine, wait_until
+from scripted_engine import ScriptedAnswer, ScriptedEngine, wait_until
 
 from qlora_kit.conversation import Message
-from qlora_kit.errors import AdapterError, ConfigError, DataError, Interrupted
+from qlora_kit.engine import Delta
+from qlora_kit.errors import AdapterError, ConfigError, DataError, GuardError, Interrupted
 from qlora_kit.server.protocol import Load
 
 SOUP: list[Any] = [{"role": "user", "content": "Good soup."}]
@@ -233,12 +234,13 @@ def test_health_says_that_the_engine_has_failed(live: LiveServer, monkeypatch: p
     assert (reply.status, reply.json) == (503, {"status": "failed"})
 
 
-def test_what_fails_in_the_engine_is_told_by_its_kind(live: LiveServer) -> None:
+def test_what_fails_in_the_engine_is_told_by_its_kind(live: LiveServer, caplog: pytest.LogCaptureFixture) -> None:
     for error, status, told in (
         (ConfigError("the prompt is 900 tokens long", expected="less than 512", fix="x"), 400, "900 tokens long"),
         (DataError("the chat template refuses it", expected="a conversation", fix="x"), 400, "refuses"),
         (AdapterError("/secret/place: gone", expected="x", fix="x"), 503, "cannot be used now"),
         (Interrupted("the engine was closed", expected="x", fix="x"), 503, "is stopping"),
+        (GuardError("memory ran out at /secret/place", expected="x", fix="x"), 500, "its log says why"),
     ):
         for stream in (False, True):
             engine_of(live).failure = error
@@ -249,6 +251,58 @@ def test_what_fails_in_the_engine_is_told_by_its_kind(live: LiveServer) -> None:
             assert reply.status == status
             assert told in reply.json["error"]["message"]
             assert "secret" not in reply.text
+    logged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sum("/secret/place" in text for text in logged) == 4
+    assert "Traceback" not in caplog.text
+
+
+def disconnects(live: LiveServer) -> list[str]:
+    return [
+        line for line in live.send("GET", "/metrics").text.splitlines() if line.startswith("qlora_kit_disconnects_t")
+    ]
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    poll, pieces = ScriptedAnswer.poll, []
+
+    def fail(answer: ScriptedAnswer) -> Delta | None:
+        if len(pieces) == 2:
+            raise GuardError("memory ran out at 7 tokens", expected="x", fix="x")
+        piece = poll(answer)
+        pieces.extend([] if piece is None else [piece])
+        return piece
+
+    monkeypatch.setattr(ScriptedAnswer, "poll", fail)
+    gone = disconnects(live)
+    reply = live.post("/v1/chat/completions", {"model": "base", "messages": SOUP, "stream": True})
+    *events, rest = reply.text.split("\n\n")
+    assert (reply.status, rest) == (200, "")
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "7 tokens" in caplog.text
+    assert "Traceback" not in caplog.text
+    assert disconnects(live) == gone  # the client was there
+
+
+def test_a_model_that_goes_while_its_card_is_made(live: LiveServer) -> None:
+    models = live.service.models
+    before, looks = models.adapters, []
+
+    class Name(str):
+        __slots__ = ()
+        __eq__ = str.__eq__
+
+        def __hash__(self) -> int:
+            looks.append(self)
+            if len(looks) == 1:  # behind the first look
+                models.set({})
+            return str.__hash__(self)
+
+    try:
+        assert models.card(Name("reviews")).id == "reviews"
+    finally:
+        models.set(before)
 
 
 def test_a_bug_is_told_without_its_traceback_and_logged_with_it(

@@ -170,6 +170,17 @@ def require_error(reply: Reply, status: int) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_no_depth_of_a_nest_fails_the_server(live: LiveServer, opening: str, closing: str) -> None:
+    """Some depths can be read and not be written again."""
+    statuses = []
+    for depth in range(860, 1010, 2):
+        nest = f"{opening * depth}1{closing * depth}"
+        statuses.append(live.post(CHAT, f'{json.dumps(GOOD)[:-1]}, "metadata": {{"a": {nest}}}}}').status)
+    assert set(statuses) == {200, 400}
+    assert statuses == sorted(statuses)
+
+
 @pytest.mark.parametrize(("path", "case"), [*((CHAT, c) for c in MALFORMED), *((TEXT, c) for c in MALFORMED_TEXT)])
 def test_a_malformed_request_gets_400_and_the_next_one_works(live: LiveServer, path: str, case: str) -> None:
     body, field = (MALFORMED if path == CHAT else MALFORMED_TEXT)[case]

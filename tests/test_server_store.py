@@ -13,6 +13,7 @@ from live_server import LiveServer, serving
 from scripted_engine import ScriptedEngine, wait_until
 
 from qlora_kit.adapters import AdapterStore
+from qlora_kit.errors import AdapterError
 
 
 @pytest.fixture
@@ -95,6 +96,23 @@ def test_bad_entries_are_logged_once_and_left_out(
     shutil.copy(tmp_path / "run" / "adapter_model.safetensors", root / "damaged")
     live.watcher.sync()
     assert served(live) == ["base", "damaged", "first"]
+
+
+def test_an_adapter_that_goes_bad_behind_the_gate_is_let_go(
+    live: LiveServer, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = live.service.engine
+    assert isinstance(engine, ScriptedEngine)
+
+    def gone(*_: object) -> None:
+        raise AdapterError("it is gone", expected="x", fix="x")
+
+    shutil.copytree(tmp_path / "run", store.root / "second")
+    monkeypatch.setattr(AdapterStore, "show", gone)  # after the engine has loaded it
+    live.watcher.sync()
+    assert served(live) == ["base", "first"]
+    assert engine.versions["second"] == 1
+    assert engine.loaded == ["first"]
 
 
 def test_an_adapter_whose_files_go_bad_is_left_out_until_they_are_good(live: LiveServer, store: AdapterStore) -> None:

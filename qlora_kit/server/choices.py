@@ -60,7 +60,7 @@ class Choices:
         self._loop = asyncio.get_running_loop()
         self._started = time.monotonic()
         self._events: asyncio.Queue[tuple[int, Delta | Answer | BaseException]] = asyncio.Queue()
-        self._unread = len(requests)  # answers whose end has not been taken from the queue
+        self._unread = len(requests)  # answers whose end has not been taken from the queue, and is waited for
         self._cancelled = False
         self._running: list[RunningAnswer | None] = [None] * len(requests)
         self._has_ended = [False] * len(requests)
@@ -82,10 +82,10 @@ class Choices:
             async with asyncio.timeout_at(self._deadline):
                 index, event = await self._events.get()
         except TimeoutError:
-            self.cancel()
+            self._give_up()
             raise _out_of_time() from None
         if isinstance(event, BaseException):
-            self.cancel()
+            self._give_up()
             if (told := told_to_client(event)) is not None:
                 raise told from event
             raise event
@@ -103,7 +103,7 @@ class Choices:
 
     @property
     def ended(self) -> bool:
-        """Whether the end of every answer has been taken."""
+        """Whether nobody waits any more: the end of every answer has been taken, or one failed."""
         return not self._unread
 
     def cancel(self) -> None:
@@ -116,6 +116,10 @@ class Choices:
     def cut(self) -> None:
         """Cancel because the server stops, although the client waits."""
         self._workers.cut += self._unread
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self._unread = 0
         self.cancel()
 
     def _notify(self, index: int) -> None:

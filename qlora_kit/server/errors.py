@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from starlette.exceptions import HTTPException
 from qlora_kit.errors import AdapterError, ConfigError, DataError, Interrupted, QloraKitError
 from qlora_kit.server.request_schema import TEMPLATE_FIELDS
 
+_log = logging.getLogger(__name__)
 MAX_FAULTS = 5
+_LOGGED = "The server failed on this request; its log says why."
 _INVALID = "invalid_request_error"
 _TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
 _SENTENCES = {
@@ -62,17 +65,20 @@ class ApiError(Exception):
 
 
 def told_to_client(error: BaseException) -> ApiError | None:
-    """What a client is told of a failure below the routes; None for a bug, which becomes a 500.
+    """What a client is told of a failure below the routes; None for a bug, which becomes a 500 with its traceback.
 
     Messages of what the client itself sent name no file; those of adapters and the engine do, and stay in the log.
     """
     if isinstance(error, DataError | ConfigError):
         return ApiError(400, f"{error.faults[0].what}; expected: {error.faults[0].expected}.", code="invalid_request")
-    if isinstance(error, AdapterError):
-        return ApiError(503, "The adapter cannot be used now: it is gone, or its files are unsound.", code="adapter")
     if isinstance(error, Interrupted):
         return ApiError(503, "The server is stopping.", code="stopping")
-    return None
+    if not isinstance(error, QloraKitError):
+        return None
+    _log.warning("an answer failed: %s", error.faults[0])
+    if isinstance(error, AdapterError):
+        return ApiError(503, "The adapter cannot be used now: it is gone, or its files are unsound.", code="adapter")
+    return ApiError(500, _LOGGED, code="internal_error")
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -106,7 +112,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return ApiError(error.status_code, sentence, headers=error.headers).response()
 
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "The server failed on this request; its log says why.", code="internal_error").response()
+        return ApiError(500, _LOGGED, code="internal_error").response()
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(QloraKitError, on_kit_error)

@@ -81,7 +81,7 @@ class ServedEngine(Protocol):
         """Load an adapter of the store, or take its new version; running answers finish on the one they began with."""
 
     def unload(self, name: str) -> None:
-        """Let an adapter go; running answers finish."""
+        """Let an adapter go, if it is loaded; running answers finish."""
 
     def load_now(self) -> Load:
         """How busy it is."""

@@ -192,6 +192,8 @@ class GenerationFields(_Strict):
             json.dumps(content if isinstance(content, dict) else {}, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("a text holds half a character (a lone surrogate such as \\ud83d)") from None
+        except RecursionError:
+            raise ValueError("lists or objects lie too deep in each other") from None
         return content
 
     @model_validator(mode="after")

@@ -41,13 +41,7 @@ class ServedModels:
         Raises:
             ApiError: There is no such model.
         """
-        if model == self.base:
-            return None
-        if model in self._adapters:
-            return model
-        near = nearest(model, [self.base, *self._adapters])
-        hint = f"Did you mean {near!r}?" if near is not None else "GET /v1/models lists what there is."
-        raise ApiError(404, f"There is no model of this name. {hint}", code="model_not_found", param="model")
+        return None if self._find(model) is None else model
 
     def cards(self) -> list[ModelCard]:
         """The base, then the adapters by name."""
@@ -59,8 +53,18 @@ class ServedModels:
         Raises:
             ApiError: There is no such model.
         """
-        adapter = self.adapter_of(model)
-        return self._base_card() if adapter is None else self._adapter_card(self._adapters[adapter])
+        details = self._find(model)
+        return self._base_card() if details is None else self._adapter_card(details)
+
+    def _find(self, model: str) -> AdapterDetails | None:
+        adapters = self._adapters  # looked at once: another thread may replace them meanwhile
+        if model == self.base:
+            return None
+        if model in adapters:
+            return adapters[model]
+        near = nearest(model, [self.base, *adapters])
+        hint = f"Did you mean {near!r}?" if near is not None else "GET /v1/models lists what there is."
+        raise ApiError(404, f"There is no model of this name. {hint}", code="model_not_found", param="model")
 
     def _base_card(self) -> ModelCard:
         card = {"task": None, "description": "the base model, without any adapter"}

@@ -101,7 +101,7 @@ class StoreWatcher:
     def _drop(self, name: str, served: dict[str, AdapterDetails]) -> None:
         if served.pop(name, None) is not None:
             self._models.set(served)  # before the engine forgets it, so that no request is sent to it any more
-            self._engine.unload(name)
+        self._engine.unload(name)  # it may have been loaded, and not been served yet
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
