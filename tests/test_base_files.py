@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit import Engine, load_config, merge_adapter, train
-from qlora_kit.adapters import AdapterContract
+from qlora_kit.adapters import AdapterContract, base_fingerprint
 from qlora_kit.base_files import BaseRef, require_supported_quantization, resolve_base, resolve_description
 from qlora_kit.cli import main
 from qlora_kit.config import QuantizationSection
 from qlora_kit.data.chat import stop_token_ids
 from qlora_kit.errors import BaseModelError, DataError
+from qlora_kit.export import export_model
+from qlora_kit.export.source import AnswerDefaults, ExportSource, described_base
 from qlora_kit.models import load_base_model, load_tokenizer
 
 KERNEL = "kernels-community/flash-attn2"
@@ -276,6 +279,26 @@ def test_the_contract_keeps_the_commit_and_every_step_goes_back_to_it(
         assert (end.value.code or 0) == code
     told = capsys.readouterr().err
     assert f"trained on {OLD}, at hand is {NEW}" in told
+
+
+def test_an_export_is_of_the_revision_that_is_named(hub: Path, tmp_path: Path) -> None:
+    export_model("org/name@v1", "base", tmp_path / "base")
+    report = json.loads((tmp_path / "base" / "merge_report.json").read_text())
+    assert (report["base"], report["revision"]) == ("org/name", OLD)
+    assert report["base_fingerprint"] == base_fingerprint(hub / OLD)
+
+    shutil.rmtree(hub / NEW)  # nothing asks for main
+    export_model("org/name@v1", "gguf", tmp_path / "gguf", quant="f32")
+    norm = GGUFReader(tmp_path / "gguf" / "name-f32.gguf").tensors
+    found = next(tensor.data for tensor in norm if tensor.name == "output_norm.weight")
+    model = AutoModelForCausalLM.from_pretrained(hub / OLD)
+    assert found.tolist() == model.model.norm.weight.tolist()
+
+
+def test_what_an_adapters_base_is_is_read_at_the_revision_of_its_training(hub: Path, tmp_path: Path) -> None:
+    adapter = ExportSource("adapter", "a", tmp_path, "org/name", AnswerDefaults(), OLD)
+    assert described_base(adapter, None) == BaseRef("org/name", hub / OLD, revision=OLD)
+    assert described_base(adapter, "org/name@main") == BaseRef("org/name", hub / NEW, revision=NEW)
 
 
 def test_a_snapshot_without_its_weights_is_seen(hub: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -376,6 +376,11 @@ BAD: dict[str, tuple[Change, str]] = {
         _rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=64, truncate=False),
         "truncate",
     ),
+    "yarn with a text for a number": (
+        _rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=64, beta_fast="many"),
+        "beta_fast of the rotary embedding is 'many'",
+    ),
+    "no epsilon": (_config(rms_norm_eps=None), "rms_norm_eps is 'None'"),
     "quantized already": (_config(quantization_config={"quant_method": "bitsandbytes"}), "quantized already"),
     "code of its own": (_config(auto_map={"AutoModel": "x.y"}), "code of its own"),
     "fewer layers than described": (_config(num_hidden_layers=3), "model.layers.2"),

@@ -174,6 +174,24 @@ def test_sampling_is_that_of_transformers(generation: dict[str, Any], expected: 
     assert sampling_parameters(generation) == expected
 
 
+@pytest.mark.parametrize("value", ["0.7\nADAPTER /etc/passwd", "0.7", [0.7], True, float("nan"), float("inf")])
+@pytest.mark.parametrize("key", ["temperature", "repetition_penalty", "max_new_tokens"])
+def test_a_generation_default_that_is_no_number_is_refused(key: str, value: object) -> None:
+    with pytest.raises(BaseModelError, match=f"{key} is (.|\n)*expected: a finite number"):
+        sampling_parameters({"do_sample": True, key: value})
+
+
+def test_a_generation_default_that_is_no_number_is_refused_before_anything_is_written(
+    random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shutil.copytree(random_base, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"do_sample": true, "top_p": "1\\nSYSTEM x"}')
+    monkeypatch.setattr("qlora_kit.export.ollama.write_model_file", None)
+    with pytest.raises(BaseModelError, match="top_p is"):
+        export_model(base, "ollama", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_merged_model_with_its_modelfile(trained_run: tuple[Path, TrainResult], tmp_path: Path) -> None:
     result = export_model(trained_run[0], "ollama", tmp_path / "out", quant="f16", onto="dequantized")
     commands = read_modelfile((tmp_path / "out" / "Modelfile").read_text(encoding="utf-8"))

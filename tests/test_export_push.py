@@ -199,7 +199,9 @@ def test_a_repository_that_is_there_is_left_alone(run: Path) -> None:
         push_folder(run, "me/reviews", api=hub)
     assert "--update" in caught.value.faults[0].fix
     assert hub.sent == {}
-    push_folder(run, "me/reviews", update=True, api=hub)
+    for public in (False, True):
+        assert push_folder(run, "me/reviews", update=True, public=public, api=hub).private is None  # nothing changes it
+    assert push_folder(run, "me/new", update=True, api=FakeHub()).private is True
     assert hub.made == {}
     assert hub.sent.keys() >= ADAPTER_FILES
 

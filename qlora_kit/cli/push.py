@@ -37,7 +37,7 @@ def push(
 
 
 def _show(result: PushResult) -> None:
-    seen = "private" if result.private else "public"
+    seen = {True: "private", False: "public", None: "seen by whom it was before"}[result.private]
     sizes = [(file.path, file.bytes) for file in result.files]
     stdout_console().print(files_table(f"{result.repo_id} ({seen})", sizes))
     if result.left_out:

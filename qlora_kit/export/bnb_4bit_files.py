@@ -30,6 +30,7 @@ from qlora_kit.merging.tensors import Rows, row_blocks, unpacking_state
 from qlora_kit.merging.writing import COPIED_FILES, write_json
 from qlora_kit.prequantized import NESTED_BLOCK_SIZE, STATE, PackedWeight, QuantType, read_packed_weights
 from qlora_kit.safetensors_header import locate_tensors, shown
+from qlora_kit.shard_writer import DEFAULT_SHARD_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def write_bnb_4bit(
     *,
     quant_type: QuantType,
     double_quant: bool,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> WrittenFourBit:
     """Quantize the checkpoint in ``model`` into ``folder``, with one tensor at a time in memory.

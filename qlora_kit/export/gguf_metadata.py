@@ -32,6 +32,7 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _HARMLESS: dict[str, Any] = {"partial_rotary_factor": 1.0, "truncate": True}
 _FIX = "export as bnb-4bit or for vLLM, which read config.json itself"
 
@@ -84,7 +85,7 @@ class GgufModel:
         factor = float(rope["factor"])
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(factor)
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
         writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
         writer.add_rope_scaling_attn_factors(_yarn_attention_factor(rope) / _magnitude(factor))
@@ -102,7 +103,7 @@ def read_gguf_model(config: Mapping[str, Any], *, where: str) -> GgufModel:
             every fault found.
     """
     shape = read_architecture(config, where=where)
-    faults = [*_activation_faults(config, where), *_rope_faults(shape, where)]
+    faults = [*_activation_faults(config, where), *_norm_faults(config, where), *_rope_faults(shape, where)]
     if faults:
         raise BaseModelError.of(faults)
     window = shape.sliding_window
@@ -121,6 +122,14 @@ def _activation_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
     return [Fault(f"{where}: hidden_act is {shown(str(activation))}", "silu, as llama.cpp computes it", _FIX)]
 
 
+def _norm_faults(config: Mapping[str, Any], where: str) -> list[Fault]:
+    epsilon = config.get("rms_norm_eps", _DEFAULT_NORM_EPSILON)
+    if _is_positive(epsilon):
+        return []
+    what = f"{where}: rms_norm_eps is {shown(str(epsilon))}"
+    return [Fault(what, "a number above 0", "copy or download the base's config.json again")]
+
+
 def _rope_faults(shape: Architecture, where: str) -> list[Fault]:
     rope = shape.rope
     kind = rope["rope_type"]
@@ -132,6 +141,11 @@ def _rope_faults(shape: Architecture, where: str) -> list[Fault]:
         Fault(f"{where}: {key} of the rotary embedding is {rope.get(key)!r}", "a number above 0", _FIX)
         for key in ("rope_theta", *_REQUIRED.get(kind, ()))
         if not _is_positive(rope.get(key))
+    ]
+    faults += [
+        Fault(f"{where}: {key} of the rotary embedding is {shown(str(rope[key]))}", "a number, or left out", _FIX)
+        for key in _OPTIONAL
+        if rope.get(key) is not None and rope[key] != 0 and not _is_positive(rope[key])
     ]
     faults += [
         Fault(f"{where}: the rotary embedding has {shown(key)} set, which a GGUF file cannot say", "left out", _FIX)

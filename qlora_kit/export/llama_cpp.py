@@ -130,7 +130,7 @@ def _checked_lora(job: ExportJob, plan: MergePlan, file: GgufFile, folder: Path)
     work = folder / "check"
     work.mkdir()
     base = served_base(job, plan, work)
-    base_file = write_gguf(base, work / "base.gguf", quant="f32", name=BaseRef(plan.base.id, base).path.name)
+    base_file = write_gguf(base, work / "base.gguf", quant="f32", name=base.name)
     found = checked(job, base_file, base, lora=file, adapter=job.source.folder)
     shutil.rmtree(work)
     return found

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+from qlora_kit.errors import BaseModelError
 from qlora_kit.export.go_template import TurnTexts, go_template, is_kept
+from qlora_kit.safetensors_header import shown
 
 # transformers' own defaults of sampling, which Ollama's differ from.
 _SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
@@ -86,21 +89,34 @@ def sampling_parameters(generation: Mapping[str, Any]) -> dict[str, int | float]
     """Ollama's parameters for ``GenerationConfig`` keys; greedy where nothing says that answers are sampled.
 
     Each is named, also where it is Ollama's own default: those have changed between its versions.
+
+    Raises:
+        BaseModelError: One of them is no number. The files are not the kit's own, and a text could hold further lines.
     """
     found: dict[str, int | float] = {"temperature": 0}
     if generation.get("do_sample"):
-        found = {key: _or_default(generation.get(key), default) for key, default in _SAMPLING.items()}
-        found["min_p"] = _or_default(generation.get("min_p"), 0)
-    found["repeat_penalty"] = _or_default(generation.get("repetition_penalty"), 1.0)
+        found = {key: _number(generation, key, default) for key, default in _SAMPLING.items()}
+        found["min_p"] = _number(generation, "min_p", 0)
+    found["repeat_penalty"] = _number(generation, "repetition_penalty", 1.0)
     if found["repeat_penalty"] != 1:
         found["repeat_last_n"] = -1  # transformers looks at the whole text
     if generation.get("max_new_tokens") is not None:
-        found["num_predict"] = generation["max_new_tokens"]
+        found["num_predict"] = _number(generation, "max_new_tokens", 0)
     return found
 
 
-def _or_default(value: int | float | None, default: int | float) -> int | float:
-    return default if value is None else value
+def _number(generation: Mapping[str, Any], key: str, default: int | float) -> int | float:
+    value = generation.get(key)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not isfinite(value):
+        raise BaseModelError(
+            f"the model's generation defaults: {key} is {shown(repr(value))}",
+            expected="a finite number",
+            fix="correct it in generation_config.json (of a merged model, in merge_report.json too)",
+        )
+    number: int | float = value
+    return number
 
 
 def _is_quotable(text: str) -> bool:

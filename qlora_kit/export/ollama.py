@@ -26,7 +26,7 @@ from qlora_kit.export.llama_cpp import (
     served_base,
     write_model_file,
 )
-from qlora_kit.export.modelfile import Modelfile, write_modelfile
+from qlora_kit.export.modelfile import Modelfile, sampling_parameters, write_modelfile
 from qlora_kit.export.results import Produced
 from qlora_kit.export.source import merge_facts, whole_model
 from qlora_kit.models import load_tokenizer
@@ -43,8 +43,9 @@ def write_target(job: ExportJob, folder: Path) -> Produced:
     """Write GGUF, Modelfile and a short README into ``folder``: one merged model, or base and adapter apart."""
     quant = job.quant or DEFAULT_QUANT
     ref = require_writable(job)
-    if ref is not None:  # what Ollama's template cannot say is told before anything is merged
+    if ref is not None:  # what a Modelfile cannot say is told before anything is merged
         read_turn_texts(load_tokenizer(ref))
+        sampling_parameters(_generation(job, ref.path))
     if job.separate:
         return _write_separate(job, folder, quant)
     whole = whole_model(job.source, folder, base=job.base, onto=job.onto, progress=job.stage("merging"))
@@ -68,7 +69,7 @@ def _write_separate(job: ExportJob, folder: Path, quant: str) -> Produced:
     work.mkdir()
     base = served_base(job, plan, work)
     file = write_gguf(
-        base, folder / f"base-{quant}.gguf", quant=quant, name=plan.base.path.name, progress=job.stage("writing")
+        base, folder / f"base-{quant}.gguf", quant=quant, name=Path(plan.base.id).name, progress=job.stage("writing")
     )
     verification = checked(job, file, base, lora=lora, adapter=job.source.folder)
     modelfile = _modelfile(job, texts, tokenizer, base, file=file, lora=lora)
@@ -115,7 +116,7 @@ def _modelfile(
         adapter=None if lora is None else lora.path.name,
         system_prompt=answers.system_prompt,
         stops=_token_texts(tokenizer, stops),
-        generation={**_own_generation(model), **answers.generation},
+        generation=_generation(job, model),
         context_tokens=file.context_length,
     )
 
@@ -124,12 +125,13 @@ def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     return [str(text) for text in tokenizer.convert_ids_to_tokens(list(ids))]
 
 
-def _own_generation(model: Path) -> dict[str, Any]:
-    """Generation defaults of the model's own files."""
+def _generation(job: ExportJob, model: Path) -> dict[str, Any]:
+    """Generation defaults: the model's own file's, and over them those that were trained with."""
     path = model / _GENERATION_FILE
-    if not path.is_file():
-        return {}
-    return read_json_object(path, max_bytes=MAX_REPORT_BYTES, error=ConfigError, fix="copy the model's file again")
+    own = {}
+    if path.is_file():
+        own = read_json_object(path, max_bytes=MAX_REPORT_BYTES, error=ConfigError, fix="copy the model's file again")
+    return {**own, **job.source.answers.generation}
 
 
 def _readme(job: ExportJob) -> str:

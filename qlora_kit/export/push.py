@@ -60,7 +60,7 @@ class PushResult:
     Attributes:
         folder: Where it lies here.
         repo_id: Where it goes.
-        private: Whether only its owner sees it.
+        private: Whether only its owner sees it; None for a repository that was there, which stays as it is.
         kind: ``adapter``, ``merged`` or the name of an export's format.
         files: Every file, the card too.
         left_out: Files of the folder that are not sent.
@@ -72,7 +72,7 @@ class PushResult:
 
     folder: Path
     repo_id: str
-    private: bool
+    private: bool | None
     kind: str
     files: tuple[PushedFile, ...]
     left_out: tuple[str, ...]
@@ -223,6 +223,7 @@ def _sent(result: PushResult, api: HubApi | None, *, update: bool) -> PushResult
                     expected="a new one",
                     fix="give another name, or --update to add a commit to this one",
                 )
+            result = replace(result, private=None)
         else:
             hub.create_repo(result.repo_id, private=result.private)
         names = [file.path for file in result.files if file.path != CARD_FILE]

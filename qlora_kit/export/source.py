@@ -58,6 +58,7 @@ class ExportSource:
         folder: Its files.
         base: Of an adapter with a contract, or a merged folder: the base's id; of a base, its own.
         answers: How it was trained to answer.
+        revision: The commit of that base, where it is a Hub id and the commit is known.
     """
 
     kind: Kind
@@ -65,6 +66,7 @@ class ExportSource:
     folder: Path
     base: str | None
     answers: AnswerDefaults
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def find_source(text: str, store: Path) -> ExportSource:
         if not is_base and HUB_ID.fullmatch(text.partition("@")[0]) is None:
             raise _unknown(text, store, error) from error
     ref = resolve_base(text)
-    return ExportSource("base", Path(ref.id).name, ref.path, ref.id, AnswerDefaults())
+    return ExportSource("base", Path(ref.id).name, ref.path, ref.id, AnswerDefaults(), ref.revision)
 
 
 def _unknown(text: str, store: Path, error: QloraKitError) -> AdapterError:
@@ -127,7 +129,7 @@ def _adapter(folder: Path) -> ExportSource:
         contract.task, contract.system_prompt or None, contract.stop_token_ids, contract.generation
     )
     name = folder.name if contract.name is None else contract.name
-    return ExportSource("adapter", name, folder, contract.base.id, answers)
+    return ExportSource("adapter", name, folder, contract.base.id, answers, contract.base.revision)
 
 
 def _merged(folder: Path) -> ExportSource:
@@ -155,10 +157,11 @@ def described_base(source: ExportSource, base: str | None) -> BaseRef | None:
     Raises:
         BaseModelError: They cannot be had.
     """
-    if source.kind == "merged":
+    if source.kind != "adapter":
         return resolve_description(str(source.folder))
-    named = source.base if base is None else base
-    return None if named is None else resolve_description(named)
+    if base is not None:
+        return resolve_description(base)
+    return None if source.base is None else resolve_description(source.base, source.revision)
 
 
 def whole_model(
@@ -196,7 +199,7 @@ def merge_facts(whole: WholeModel) -> dict[str, Any] | None:
 
 
 def _require_16_bit(source: ExportSource) -> None:
-    ref = resolve_base(str(source.folder) if source.kind == "merged" else str(source.base))
+    ref = resolve_base(str(source.folder))
     if read_prequantization(read_model_config(ref), where=str(ref.path / "config.json")) is not None:
         raise BaseModelError(
             f"{source.folder}: its files hold 4-bit weights already",

@@ -27,6 +27,7 @@ def write_target(job: ExportJob, folder: Path) -> Produced:
     result = write_trained_base(
         folder / "base",
         base=job.base if is_adapter else job.source.base,
+        revision=None if is_adapter else job.source.revision,
         adapter=job.source.folder if is_adapter else None,
         progress=job.stage("writing"),
     )
