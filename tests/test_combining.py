@@ -311,6 +311,12 @@ def test_a_weight_is_a_number(text: str) -> None:
         parse_part(text)
 
 
+@pytest.mark.parametrize("weight", [0.0, math.nan, math.inf])
+def test_a_weight_that_is_none_is_refused_wherever_it_comes_from(tmp_path: Path, weight: float) -> None:
+    with pytest.raises(ConfigError, match=f"'b' has the weight {weight}"):
+        combine(tmp_path, ("a", 1.0), ("b", weight))
+
+
 def test_it_is_scored_on_both_tasks_and_stored_with_a_contract(
     make: Callable[..., Path], trained_run: tuple[Path, TrainResult], random_model: PreTrainedModel, tmp_path: Path
 ) -> None:

@@ -111,7 +111,7 @@ def parse_part(text: str) -> Part:
         ConfigError: The weight is no number other than 0.
     """
     name, weight = split_weight(text)
-    if not name or not math.isfinite(weight) or weight == 0:
+    if not name or not _is_weight(weight):
         raise ConfigError(
             f"{text!r} names no adapter with a weight",
             expected="NAME:WEIGHT, the weight a number other than 0, such as sentiment:0.7",
@@ -146,13 +146,21 @@ def plan_combination(
     return CombinationPlan(name, wishes, checked, modules, _notes(checked, wishes))
 
 
+def _is_weight(weight: float) -> bool:
+    return math.isfinite(weight) and weight != 0
+
+
 def _checked_wishes(wishes: Wishes, parts: Sequence[Part]) -> Wishes:
     method = wishes.method
     if method not in METHODS:
         raise ConfigError(
             f"--method is {method!r}", expected=f"one of {', '.join(METHODS)}", fix=advice(str(method), METHODS)
         )
-    faults = []
+    faults = [
+        Fault(f"{part.adapter!r} has the weight {part.weight}", "a number other than 0", "give another weight")
+        for part in parts
+        if not _is_weight(part.weight)
+    ]
     if not 1 <= len(parts) <= MAX_PARTS:
         faults.append(Fault(f"{len(parts)} adapters are given", f"1 to {MAX_PARTS}", "name them: A:0.7 B:0.3"))
     if len(parts) == 1 and method not in ("linear", "cat"):
