@@ -95,6 +95,31 @@ def test_in_bf16_it_is_as_near_to_fp32_as_the_plain_path(pieces: tuple[str, ...]
     assert fused.whole_distance(exact) < 1.1 * plain.whole_distance(exact)
 
 
+TRAINED_IN_FP32 = [
+    ("qwen2", "embed_tokens", ()),
+    ("qwen2", "norm", ("projections", "mlp")),
+    ("qwen2", "post_attention_layernorm", ("mlp",)),
+    ("qwen3", "q_norm", ()),
+]
+"""What is trained beside the pairs, and the pieces that do not go with it."""
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("family", "trained", "left"), TRAINED_IN_FP32)
+def test_hidden_states_may_be_wider_than_the_base(family: str, trained: str, left: tuple[str, ...], batch: str) -> None:
+    """Beside a base in 16 bits, an embedding or a norm is trained in fp32, and makes hidden states in fp32."""
+    base = base_model(family, dtype=torch.bfloat16, initializer_range=0.05, tie_word_embeddings=False)
+    model = with_lora(base, modules_to_save=[trained])
+    plain = one_pass(model, model, BATCHES[batch]())
+    with fast_path(model) as fast:
+        require_fused(fast, but=left)
+        fused = one_pass(model, scored(model, fast), BATCHES[batch]())
+    assert any(trained in name for name in fused.gradients)
+    assert fused.gradients.keys() == plain.gradients.keys()
+    assert fused.loss.item() == pytest.approx(plain.loss.item(), rel=2e-2)
+    assert fused.whole_distance(plain) < 2e-2
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_checkpointing_of_some_layers_agrees(dtype: torch.dtype, limit: float) -> None:
     model = with_lora(base_model(dtype=dtype, initializer_range=0.05))

@@ -24,6 +24,7 @@ class Dense:
     bias: torch.Tensor | None
     scaling: float
     dropout: float = 0.0
+    dtype: torch.dtype = torch.float64
 
     def weight(self) -> torch.Tensor:
         return self.matrix

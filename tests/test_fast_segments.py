@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fast_models import base_model, one_pass, packed_batch, with_lora
+from fast_models import base_model, one_pass, packed_batch, padded_batch, with_lora
 from torch.nn.attention import varlen
 
 from qlora_kit.fast import ScoredModel, fast_path, segments
-from qlora_kit.fast.segments import segment_attention, takes_varlen
+from qlora_kit.fast.segments import segment_attention, takes_groups, takes_varlen
 
 LENGTHS = (9, 1, 20, 10)
 POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS]).unsqueeze(0)
@@ -76,10 +78,14 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize("kernel", ["one by one", "all at once"])
+@pytest.mark.parametrize("kernel", ["one by one", "all at once", "without groups"])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_values_and_gradients_are_those_of_a_mask(request: pytest.FixtureRequest, kernel: str, kv_heads: int) -> None:
+def test_values_and_gradients_are_those_of_a_mask(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, kernel: str, kv_heads: int
+) -> None:
     calls = request.getfixturevalue("on_a_gpu") if kernel == "all at once" else []
+    if kernel == "without groups":
+        monkeypatch.setattr(segments, "takes_groups", lambda query: False)
     inputs = [heads(count, seed=seed).requires_grad_() for seed, count in enumerate((4, kv_heads, kv_heads))]
     output, _ = segment_attention(torch.nn.Module(), *inputs, None, scaling=0.3, position_ids=POSITIONS)
     expected = by_mask(*inputs, scaling=0.3)
@@ -90,6 +96,31 @@ def test_values_and_gradients_are_those_of_a_mask(request: pytest.FixtureRequest
     for gradient, reference in zip(mine, theirs, strict=True):
         torch.testing.assert_close(gradient, reference)
     assert len(calls) == (kernel == "all at once")
+
+
+@pytest.mark.parametrize("batch", [packed_batch, padded_batch])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])  # with dropout, padding stays
+def test_old_gpus_get_as_many_heads_of_keys_as_of_queries(
+    monkeypatch: pytest.MonkeyPatch, batch: Callable[[], dict[str, torch.Tensor]], dropout: float
+) -> None:
+    """Their kernels take nothing else, and torch's plain formula would hold weights of length squared."""
+    model = with_lora(base_model(), lora_dropout=dropout)
+    plain = one_pass(model, model, batch())
+    heads_of: list[tuple[int, int, bool]] = []
+    right = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        heads_of.append((q.shape[1], k.shape[1], kwargs["enable_gqa"]))
+        return right(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(segments, "takes_groups", lambda query: False)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    with fast_path(model) as fast:
+        assert fast.head is not None
+        fused = one_pass(model, ScoredModel(model, fast.head), batch())
+    assert set(heads_of) == {(2, 2, False)}
+    torch.testing.assert_close(fused.loss, plain.loss, rtol=1e-5, atol=0)
+    assert fused.distance(plain) < 1e-5
 
 
 def test_dropout_takes_the_way_that_has_it(on_a_gpu: list[int]) -> None:
@@ -127,6 +158,39 @@ def test_torch_takes_the_arguments() -> None:
     assert output.shape == (1, sum(LENGTHS), 4, 16)
     (gradient,) = torch.autograd.grad(output.sum(), query)
     assert gradient.shape == query.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, False),
+        ({"shape": (1, 4, 40, 100)}, False),
+        ({"shape": (1, 4, 40, 256)}, False),
+        ({"capability": (7, 5)}, False),
+        ({"cuda": None}, False),  # ROCm
+        ({"built": False}, False),  # as torch for Windows has been
+    ],
+)
+def test_the_kernel_is_called_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], taken: bool
+) -> None:
+    """Of a card from Ampere on; all of it stood in for."""
+    facts: dict[str, Any] = {
+        "dtype": torch.bfloat16,
+        "shape": (1, 4, 40, 128),
+        "capability": (8, 0),
+        "cuda": "13.0",
+        "built": True,
+    }
+    facts |= change
+    monkeypatch.setattr(torch.version, "cuda", facts["cuda"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts["capability"])
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: facts["built"])
+    query: Any = SimpleNamespace(is_cuda=True, dtype=facts["dtype"], shape=facts["shape"], device="cuda:0")
+    assert takes_varlen(query, dropout=0.0) is taken
+    assert not takes_varlen(query, dropout=0.1)
+    assert takes_groups(query) is (taken or facts["shape"][-1] == 256)
 
 
 def test_the_kernel_is_for_gpus_and_known_here() -> None:

@@ -13,10 +13,10 @@ import torch
 from fast_models import base_model, packed_batch, padded_batch, with_lora
 from peft import PeftModel
 
-from qlora_kit.errors import Interrupted
-from qlora_kit.fast import ScoredModel
+from qlora_kit.errors import GuardError, Interrupted
+from qlora_kit.fast import ScoredModel, mlp
 from qlora_kit.fast.mlp import FastMLP
-from qlora_kit.training import TrainResult, fast_trial, fitting, guarded_trainer
+from qlora_kit.training import TrainResult, exact_trainer, fast_trial, fitting, guarded_trainer
 from qlora_kit.training.fast_switch import FastSwitch
 from qlora_kit.training.fast_trial import Trial, try_both
 from qlora_kit.training.guarded_trainer import GuardedTrainer
@@ -132,6 +132,41 @@ def test_a_resumed_run_goes_on_as_it_was(start_run: Start, monkeypatch: pytest.M
     resumed = start_run(*saved, name="again", resume=True)
     assert resumed.resumed_from is not None
     assert weights(resumed) == weights(whole)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_run_that_is_resumed_on_another_card_tries_again(
+    start_run: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was found on the first, which may be a CPU, says nothing of it."""
+    saved = (*SHORT, "train.save_strategy=steps", "train.save_steps=1", "train.eval_strategy=no")
+    started = start_run(*saved, name="again")
+    for path in Path(started.output_dir).iterdir():  # as a run that was killed after its last step
+        if path.is_file() and path.name != "run.json":
+            path.unlink()
+    monkeypatch.setattr(exact_trainer, "card_of", lambda device: "NVIDIA of another kind")
+    monkeypatch.setattr(guarded_trainer, "card_of", lambda device: "NVIDIA of another kind")
+    monkeypatch.setattr(fast_trial, "MOST_TIME", 0.0)
+    caplog.clear()
+    assert start_run(*saved, name="again", resume=True).resumed_from is not None
+    assert "train.fast: nothing is fused: it is slower here (tried on" in caplog.text
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_gpu_that_fails_for_good_is_told(start_run: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access no other call on it succeeds, those that clear up after the trial neither."""
+
+    def dead(*args: object) -> Trial:
+        monkeypatch.setattr(GuardedTrainer, "_put_back", broken)
+        return broken()
+
+    def broken(*args: object) -> Trial:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(guarded_trainer, "try_both", dead)
+    with pytest.raises(GuardError, match=r"an illegal memory access was encountered\)") as caught:
+        start_run(*SHORT, name="run")
+    assert "train.fast=off" in str(caught.value)
 
 
 @pytest.mark.usefixtures("unmeasured")
@@ -276,6 +311,96 @@ def test_where_memory_ends_less_is_tried(least: int) -> None:
         assert trial.refusal is None
         assert trial.tokens == (1, 20)
     assert not fast.used
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_is_left_of_a_batch_has_labels() -> None:
+    """Of one conversation its end, which is the answer; two paths that give zeros would be alike."""
+    model = with_lora(base_model())
+    fast = FastSwitch(model)
+    right = one_pass_of(fast, model)
+
+    def small(batch: Mapping[str, Any]) -> torch.Tensor:
+        if batch["input_ids"].shape[1] > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        loss = right(batch)
+        if fast.used:
+            for weight in model.parameters():
+                weight.grad = None if weight.grad is None else 2 * weight.grad
+        return loss
+
+    batch = packed_batch()
+    batch["labels"][:, :22] = -100
+    trial = try_both(fast, model, batch, small)
+    assert trial.tokens == (1, 20)
+    assert trial.refusal is not None
+    assert "gradients of" in trial.refusal
+    batch["labels"][:] = -100
+    assert try_both(fast, model, batch, right).refusal == "no token of the batch is supervised"
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_takes_more_memory_is_not_used() -> None:
+    model = with_lora(base_model())
+    fast = FastSwitch(model)
+    right = one_pass_of(fast, model)
+
+    def hungry(batch: Mapping[str, Any]) -> torch.Tensor:
+        if fast.used:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return right(batch)
+
+    trial = try_both(fast, model, packed_batch(), hungry)
+    assert trial.refusal == "it takes more memory here than the libraries' own path"
+    assert trial.tokens == (1, 40)
+
+
+@pytest.mark.parametrize("settings", [{"r": 4}, {"r": 64, "lora_alpha": 512, "use_rslora": True}])
+@pytest.mark.usefixtures("unmeasured")
+def test_rounding_in_many_layers_is_not_taken_for_a_fault(settings: dict[str, Any]) -> None:
+    """Where some weights' gradients are a tenth of the others', and where pairs weigh much."""
+    base = base_model(dtype=torch.bfloat16, initializer_range=0.02, num_hidden_layers=28)
+    model = with_lora(base, **settings)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(weight)
+    trial = tried(model, packed_batch())
+    assert trial.refusal is None, str(trial)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("unmeasured")
+def test_a_pair_that_is_left_out_of_the_inputs_gradient_is_seen(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Where pairs begin at zero it would make no difference yet; later the run would go astray."""
+    right = mlp._SwigluLora.backward
+
+    def without(ctx: Any, grad_inner: torch.Tensor, grad_branch: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        *_, grad_a, grad_b = right(ctx, grad_inner.clone(), grad_branch)
+        grad_gate, grad_up, *_ = right(ctx, grad_inner, torch.zeros_like(grad_branch))
+        return grad_gate, grad_up, None, grad_a, grad_b
+
+    monkeypatch.setattr(mlp._SwigluLora, "backward", staticmethod(without))
+    model = with_lora(base_model(dtype=dtype, initializer_range=0.05, num_hidden_layers=4))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(weight)
+    trial = tried(model, packed_batch())
+    assert trial.refusal is not None
+    assert "gradients of" in trial.refusal
+
+
+def test_with_tf32_products_are_those_of_16_bits() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert fast_trial._limits(torch.float32) is fast_trial.IN_16_BITS
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        assert fast_trial._limits(torch.float32) is fast_trial.IN_FP32
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert fast_trial._limits(torch.bfloat16) is fast_trial.IN_16_BITS
 
 
 def test_attention_dropout_cannot_be_compared() -> None:

@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
 
 from qlora_kit.adapters import AdapterContract, AdapterStore, base_fingerprint, check_adapter_folder
 from qlora_kit.base_files import resolve_base
@@ -26,6 +27,7 @@ from qlora_kit.config import load_config
 from qlora_kit.errors import ConfigError, DataError, GuardError, Interrupted, OutputError
 from qlora_kit.models import load_base_model
 from qlora_kit.training import TrainResult, train
+from qlora_kit.training import run as run_module
 from qlora_kit.training.checkpoints import checkpoints
 from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.progress import TrainingProgress
@@ -267,6 +269,31 @@ def test_packing_trains_and_evaluates(run: Callable[..., TrainResult]) -> None:
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     assert losses[-1] < 0.7 * losses[0]
     assert result.eval_loss is not None and math.isfinite(result.eval_loss)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_whole_modules_are_trained_beside_a_base_in_16_bits(run: Callable[..., TrainResult], module: str) -> None:
+    """On every GPU, that is: they are in fp32, and the answers for the report are made with them."""
+    settings = ("quantization.bnb_4bit_compute_dtype=bfloat16", "eval.stop_rate_rows=2", "eval.report_samples=1")
+    result = run(*settings, f"lora.modules_to_save=[{module}]", "train.max_steps=1")
+    assert result.steps == 1
+    assert result.stop_rate is not None
+
+
+class SeesTwo(SFTConfig):
+    """As where two GPUs are seen."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._n_gpu = 2
+
+
+def test_one_process_trains_on_one_of_several_gpus(
+    run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers counts all that it sees, would train on all of them at once, and TRL refuses that."""
+    monkeypatch.setattr(run_module, "SFTConfig", SeesTwo)
+    assert run("train.max_steps=1").steps == 1
 
 
 def test_gradient_checkpointing_changes_memory_only(run: Callable[..., TrainResult], tmp_path: Path) -> None:

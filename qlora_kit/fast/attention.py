@@ -58,6 +58,7 @@ class FastAttention(torch.nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, heads, T, head_dim)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # wider behind a norm in fp32, or by the angles' dtype
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)

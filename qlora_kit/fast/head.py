@@ -37,7 +37,8 @@ class FastHead(torch.nn.Module):
         if self._rows is None:
             return torch.nn.functional.linear(hidden_states, self.weight, self.bias)
         with torch.autocast(hidden_states.device.type, enabled=False):  # every dtype is chosen by hand
-            log_probs, entropy, is_top1 = _LogProbs.apply(hidden_states, self.weight, self.bias, self._rows)
+            inner = hidden_states.to(self.weight.dtype)  # wider behind a norm or an embedding that is trained
+            log_probs, entropy, is_top1 = _LogProbs.apply(inner, self.weight, self.bias, self._rows)
         self._scores = (entropy, is_top1)
         return log_probs
 

@@ -38,8 +38,8 @@ class _LinearGroup(torch.autograd.Function):
         *pairs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         factor = None if norm_weight is None else inverse_rms(x, eps)
-        inner = _inner(x, norm_weight, factor)
-        a, b = ([tensor.to(x.dtype) for tensor in part] for part in (pairs[::2], pairs[1::2]))
+        inner = _inner(x, norm_weight, factor, dtype=frozen[0].dtype)
+        a, b = ([tensor.to(inner.dtype) for tensor in part] for part in (pairs[::2], pairs[1::2]))
         kept = [kept_inputs(inner, linear.dropout) for linear in frozen]
         if any(mask is not None for mask in kept):
             parts = zip(a, kept, frozen, strict=True)
@@ -62,7 +62,7 @@ class _LinearGroup(torch.autograd.Function):
         frozen: Sequence[FrozenLinear] = ctx.frozen
         x, norm_weight, factor, low, *rest = ctx.saved_tensors
         kept, pairs = rest[: len(frozen)], rest[len(frozen) :]
-        a, b = ([tensor.to(x.dtype) for tensor in part] for part in (pairs[::2], pairs[1::2]))
+        a, b = ([tensor.to(low.dtype) for tensor in part] for part in (pairs[::2], pairs[1::2]))
         needs_x, needs_a, needs_b = ctx.needs_input_grad[0], ctx.needs_input_grad[4::2], ctx.needs_input_grad[5::2]
         low_grads = [grad @ one * linear.scaling for grad, one, linear in zip(grads, b, frozen, strict=True)]
         parts = low.split([one.shape[0] for one in a], dim=1)
@@ -70,7 +70,7 @@ class _LinearGroup(torch.autograd.Function):
             (grad.t() @ part).mul_(linear.scaling).to(pair.dtype) if needed else None
             for grad, part, linear, pair, needed in zip(grads, parts, frozen, pairs[1::2], needs_b, strict=True)
         ]
-        inner = _inner(x, norm_weight, factor) if any(needs_a) else None
+        inner = _inner(x, norm_weight, factor, dtype=low.dtype) if any(needs_a) else None
         grad_a: list[torch.Tensor | None] = [None] * len(frozen)
         if inner is not None:
             all_a = zip(_grad_a(inner, low_grads, kept, frozen), pairs[::2], needs_a, strict=True)
@@ -81,12 +81,15 @@ class _LinearGroup(torch.autograd.Function):
             grad_x = _grad_inner(grads, low_grads, a, kept, frozen)
             if norm_weight is not None:
                 grad_x = norm_gradient(grad_x, x, norm_weight, factor)
+            grad_x = grad_x.to(x.dtype)
         pair_grads = [grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair]
         return (grad_x, None, None, None, *pair_grads)
 
 
-def _inner(x: torch.Tensor, norm_weight: torch.Tensor | None, factor: torch.Tensor | None) -> torch.Tensor:
-    return x if norm_weight is None or factor is None else normalise(x, norm_weight, factor)
+def _inner(
+    x: torch.Tensor, norm_weight: torch.Tensor | None, factor: torch.Tensor | None, *, dtype: torch.dtype
+) -> torch.Tensor:
+    return (x if norm_weight is None or factor is None else normalise(x, norm_weight, factor)).to(dtype)
 
 
 def _grad_a(

@@ -33,6 +33,12 @@ class FrozenLinear:
         """(out_features,)"""
         return self.layer.bias
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: hidden states may be wider, as behind an embedding or a norm that is trained."""
+        dtype: torch.dtype = self.layer.weight.quant_state.dtype
+        return dtype
+
     def weight(self) -> torch.Tensor:
         """The weight in the compute dtype, made anew: (out_features, in_features)."""
         return dequantize(self.layer.weight.data, self.layer.weight.quant_state)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SEGMENTS = "qlora_kit_segments"
@@ -90,6 +90,11 @@ def segment_attention(
     """
     whole = attention_mask is None and query.shape[2] == key.shape[2]
     segments = _segments_of(position_ids) if whole and position_ids is not None else None
+    groups = query.shape[1] // key.shape[1]
+    if whole and groups > 1 and not takes_groups(query):
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        lengths = [query.shape[2]] if segments is None else segments.lengths
+        return _one_by_one(query, key, value, lengths, dropout=dropout, scaling=scaling), None
     if segments is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -97,20 +102,34 @@ def segment_attention(
         return output, None
     if takes_varlen(query, dropout=dropout):
         return _all_at_once(query, key, value, segments, scaling), None
-    return _one_by_one(query, key, value, segments, dropout=dropout, scaling=scaling), None
+    return _one_by_one(query, key, value, segments.lengths, dropout=dropout, scaling=scaling), None
+
+
+def takes_groups(query: torch.Tensor) -> bool:
+    """Whether SDPA takes fewer heads of keys than of queries (B, heads, T, head_dim), other than by its plain formula.
+
+    That one holds all weights, (B, heads, T, T). Of the kernels for GPUs FlashAttention alone takes them
+    (https://github.com/huggingface/transformers/issues/48633).
+    """
+    return not query.is_cuda or _has_flash(query)
 
 
 def takes_varlen(query: torch.Tensor, *, dropout: float) -> bool:
     """Whether torch's kernel for rows of all lengths takes queries (B, heads, T, head_dim) like these.
 
-    It is FlashAttention: for NVIDIA's cards from Ampere on, 16 bits and no dropout. Its arguments change from one torch
-    to the next; one without those that are given here is not called.
+    It is FlashAttention without dropout; past 192 numbers a head, its backward pass is for some cards only. Its
+    arguments change from one torch to the next; one without those that are given here is not called.
     """
-    if not (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)) or dropout:
+    return not dropout and query.shape[-1] <= 192 and _has_flash(query) and _varlen_is_known()
+
+
+def _has_flash(query: torch.Tensor) -> bool:
+    """FlashAttention is for NVIDIA's cards from Ampere on and 16 bits, and torch may be built without it."""
+    if not (query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)) or torch.version.cuda is None:
         return False
-    if torch.version.cuda is None or torch.cuda.get_device_capability(query.device) < (8, 0):
-        return False
-    return _varlen_is_known() and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    new_enough = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return new_enough and fits and torch.backends.cuda.is_flash_attention_available()
 
 
 @cache
@@ -148,12 +167,12 @@ def _one_by_one(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    segments: Segments,
+    lengths: list[int],
     *,
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    parts = zip(*(part.split(segments.lengths, dim=2) for part in (query, key, value)), strict=True)
+    parts = zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = [
         torch.nn.functional.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=k.shape[1] < q.shape[1]

@@ -112,7 +112,8 @@ def _generate_batch(
             interrupt()
         return torch.zeros(token_ids.shape[0], dtype=torch.bool, device=token_ids.device)
 
-    with torch.inference_mode():
+    mixed = torch.autocast(model.device.type, dtype=model.dtype, enabled=_trains_whole_modules(model))
+    with torch.inference_mode(), mixed:
         output: torch.Tensor = model.generate(  # (B, longest + new)
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -120,6 +121,16 @@ def _generate_batch(
             stopping_criteria=StoppingCriteriaList([] if interrupt is None else [ask]),
         )
     return [_completion(row, stop_token_ids) for row in output[:, longest:].tolist()]
+
+
+def _trains_whole_modules(model: PreTrainedModel) -> bool:
+    """Whether the adapter brings whole modules in another dtype than the base's 16 bits, as ``modules_to_save`` are.
+
+    They were trained in mixed precision, and without it a matrix does not take what the one before it gives.
+    """
+    return model.dtype.itemsize == 2 and any(
+        parameter.dtype != model.dtype for name, parameter in model.named_parameters() if ".modules_to_save." in name
+    )
 
 
 def _completion(token_ids: list[int], stop_token_ids: Sequence[int]) -> Completion:

@@ -70,12 +70,12 @@ def row_pieces(batch: Mapping[str, Any], pieces: int) -> list[dict[str, Any]]:
 
 
 def halved(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first half of a batch's rows or, of a single row, of its tokens."""
+    """The second half of a batch's rows or, of a single row, of its tokens: the first may be a prompt alone."""
     rows, length = batch["input_ids"].shape
     if rows > 1:
-        return row_pieces(batch, 2)[0]
+        return row_pieces(batch, 2)[-1]
     return {
-        name: value[:, : length // 2]
+        name: value[:, length // 2 :]
         if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == length
         else value
         for name, value in batch.items()

@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from qlora_kit.errors import GuardError
 from qlora_kit.training.checkpoints import refusal, retire, saving, size_bytes, write_manifest
 from qlora_kit.training.configured_rates import ConfiguredRates
-from qlora_kit.training.fast_switch import FastSwitch
+from qlora_kit.training.fast_switch import FastSwitch, card_of
 from qlora_kit.training.moments import Moments
 from qlora_kit.training.position import EPOCH_RANDOM_FILE, Position, RandomState, Sums
 from qlora_kit.training.processes import in_any_process
@@ -308,6 +308,7 @@ class ExactTrainer(SFTTrainer):
             pieces=self.pieces,
             recomputes=self.recomputes,
             fused=self.fast is not None and self.fast.used,
+            card=card_of(self.accelerator.device),
         )
 
     def after_optimizer_step(self) -> None:

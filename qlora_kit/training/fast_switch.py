@@ -6,6 +6,8 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+import torch
+
 from qlora_kit.fast import PIECES, FastHead, FastPath, Piece, fast_path
 
 if TYPE_CHECKING:
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
 
 MEASURED_ON = ("cpu",)
 """Kinds of devices that docs/performance.md has figures of the fused path for; on others ``auto`` tries it first."""
+
+
+def card_of(device: torch.device) -> str:
+    """What a trial holds for: the name of the GPU, or the kind of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class FastSwitch:

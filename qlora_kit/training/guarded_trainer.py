@@ -17,7 +17,7 @@ from qlora_kit.training.batch_rows import longest_rows, row_pieces, sources_of_b
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.checkpoints import checkpoints
 from qlora_kit.training.exact_trainer import ExactTrainer
-from qlora_kit.training.fast_switch import FastSwitch
+from qlora_kit.training.fast_switch import FastSwitch, card_of
 from qlora_kit.training.fast_trial import try_both
 from qlora_kit.training.processes import from_main, gathered, raised_in_all
 from qlora_kit.training.run_facts import StopRequested
@@ -159,19 +159,40 @@ class GuardedTrainer(ExactTrainer):
                 self._within_memory(self.model_wrapped, batch, num_items_in_batch=_supervised(batch))
 
     def _decide(self, fast: FastSwitch) -> None:
-        """Use the fused path or leave it: as the run that is resumed did, or as a trial finds."""
+        """Use the fused path or leave it: as the run that is resumed did on such a card, or as a trial finds."""
         self.model_wrapped.train()  # before: what is put into a model in eval mode computes as the layers themselves
-        fast.use(True if self._earlier is None else self._earlier.fused)
-        if self._earlier is None and fast.fuses:
-            logger.info("train.fast: auto tries the fused path beside the libraries' own, on the longest batch")
+        earlier = self._earlier
+        if earlier is not None and earlier.card == card_of(self.accelerator.device):
+            fast.use(earlier.fused)
+            if not earlier.fused:
+                logger.info("train.fast: nothing is fused, as in the run that is resumed")
+        else:
+            fast.use(True)
+            if fast.fuses:
+                self._try(fast)
+        fast.tell()
+
+    def _try(self, fast: FastSwitch) -> None:
+        """Take the fused path out again where a trial speaks against it.
+
+        Raises:
+            GuardError: The GPU failed for good.
+        """
+        logger.info("train.fast: auto tries the fused path beside the libraries' own, on the longest batch")
+        try:
             with self._longest_batch() as batch:
                 trial = try_both(fast, self.model, batch, self._one_pass)
-            if trial.refusal is None:
-                logger.info("train.fast: auto takes the fused path, %s", trial)
-            else:
-                logger.warning("train.fast: nothing is fused: %s (%s)", trial.refusal, trial)
-            fast.use(trial.refusal is None)
-        fast.tell()
+        except torch.AcceleratorError as error:  # after which nothing runs on it any more, what is put back neither
+            raise GuardError(
+                f"the GPU failed while the fused path was tried ({str(error).splitlines()[0]})",
+                expected="a GPU that goes on, whatever comes of the trial",
+                fix="start again with train.fast=off; if it fails there too, the fused path is not the reason",
+            ) from error
+        if trial.refusal is None:
+            logger.info("train.fast: auto takes the fused path, %s", trial)
+        else:
+            logger.warning("train.fast: nothing is fused: %s (%s)", trial.refusal, trial)
+        fast.use(trial.refusal is None)
 
     def _one_pass(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The loss of a batch, after its forward and backward pass."""

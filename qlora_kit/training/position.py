@@ -88,6 +88,7 @@ class Position:
         pieces: Into how many pieces micro-batches are split for want of memory.
         recomputes: Whether activations are computed again for want of memory.
         fused: Whether the fused path was in use.
+        card: On which device that was (``card_of``).
     """
 
     evaluate: bool
@@ -104,6 +105,7 @@ class Position:
     pieces: int = 1
     recomputes: bool = False
     fused: bool = False
+    card: str = ""
 
     def write(self, checkpoint: Path) -> None:
         """Write it into a checkpoint."""

@@ -283,13 +283,15 @@ def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
         "eval_packing": arguments["packing"],
     }
     try:
-        return SFTConfig(**arguments)
+        settings = SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"train: {error}",
             expected="values that TRL's SFTConfig accepts together",
             fix="correct the train section; the fields are documented with SFTConfig and TrainingArguments",
         ) from error
+    settings._n_gpu = min(settings.n_gpu, 1)  # of several, one process takes one; with more, TRL refuses to begin
+    return settings
 
 
 def _load_model(
