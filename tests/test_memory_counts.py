@@ -271,6 +271,20 @@ def test_the_fused_heads_tile_is_as_large_as_the_plan_says() -> None:
     assert fused.TILE_LOGITS == TILE_LOGITS
 
 
+@pytest.mark.parametrize("base", ["qwen2", "llama"])  # the second is tied: PEFT trains a copy of the embedding
+def test_a_head_that_is_trained_whole_is_counted_and_not_fused(
+    base: str, folders: dict[str, Path], run_yaml: Path
+) -> None:
+    run = load_config(run_yaml, ["lora.modules_to_save=[lm_head]", "train.fast=on"])
+    config = json.loads((folders[base] / "config.json").read_text())
+    architecture = read_architecture(config, where="config.json")
+    counted = workload_of(run, architecture, base_config=config, device="cpu")
+    model = attach_lora(load_base_model(BaseRef("base", folders[base]), run.quantization, device=CPU), run.lora)
+    assert counted.trainable == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    with fast_path(model) as fast:
+        assert (fast.head is not None) is counted.fused_head is False
+
+
 def assert_exact(model: Any, workload: Workload, *, scored: Any = None) -> None:
     with counting_saved(model) as saved:
         forward(model if scored is None else scored, workload)

@@ -16,7 +16,7 @@ from qlora_kit.launched import process_count
 
 Device = Literal["cuda", "cpu"]
 DEFAULT_EVAL_BATCH = 8  # transformers' TrainingArguments.per_device_eval_batch_size
-_EMBEDDING = "model.embed_tokens"
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _UNCOUNTED = {  # field of SFTConfig -> the value that changes nothing; any other changes memory in ways not counted
     "use_liger_kernel": False,
     "activation_offloading": False,
@@ -75,6 +75,7 @@ class Workload:
         embedding_is_movable: Whether it could: not tied, not trained, not split.
         fast: Whether it takes the fused path (``train.fast``), where that knows the layers.
         full_logits: Whether the loss needs all logits at once (label smoothing).
+        trains_head: Whether the head is trained whole.
         uncounted: Settings that change memory in ways that are not counted.
     """
 
@@ -103,6 +104,7 @@ class Workload:
     embedding_is_movable: bool = False
     fast: bool = False
     full_logits: bool = False
+    trains_head: bool = False
     uncounted: tuple[str, ...] = ()
 
     @property
@@ -144,8 +146,8 @@ class Workload:
 
     @property
     def fused_head(self) -> bool:
-        """Whether the fused path scores the labels; label smoothing asks for logits."""
-        return self.fast and not self.full_logits
+        """Whether the fused path scores the labels; label smoothing asks for logits, and it knows no trained head."""
+        return self.fast and not (self.full_logits or self.trains_head)
 
     @property
     def masked(self) -> bool:
@@ -233,6 +235,7 @@ def workload_of(
         embedding_is_movable=not (architecture.tied or trains_embedding(config.lora) or train.shard_base),
         fast=_is_fast(config, load_in_4bit=load_in_4bit, device=device),
         full_logits=more.get("label_smoothing_factor", 0.0) > 0,
+        trains_head=_saves(f"{_HEAD}.weight", config.lora),
         uncounted=tuple(
             f"train.{name}" for name, usual in _UNCOUNTED.items() if more.get(name, usual) not in (usual, None)
         ),
@@ -292,10 +295,12 @@ def _settings(lora: LoraSection) -> LoraSettings:
 
 
 def _trained_whole(architecture: Architecture, lora: LoraSection) -> int:
-    """Parameters of the modules that ``lora.modules_to_save`` names."""
-    names = lora.modules_to_save
-    return sum(
-        prod(plan.shape)
-        for tensor, plan in architecture.tensors().items()
-        if any(f".{name}." in f".{tensor}" for name in names)
-    )
+    """Parameters of the modules that ``lora.modules_to_save`` names; a tied head is copied, too."""
+    shapes = {tensor: plan.shape for tensor, plan in architecture.tensors().items()}
+    shapes[f"{_HEAD}.weight"] = (architecture.vocab_size, architecture.hidden_size)
+    return sum(prod(shape) for tensor, shape in shapes.items() if _saves(tensor, lora))
+
+
+def _saves(tensor: str, lora: LoraSection) -> bool:
+    """Whether ``tensor`` lies in one of ``lora.modules_to_save``."""
+    return any(f".{name}." in f".{tensor}" for name in lora.modules_to_save)
