@@ -356,6 +356,13 @@ def test_serve_tells_of_a_store_that_is_not_there(command: Callable[..., Outcome
     refused(told, "nowhere: there is no such folder yet", "'ghost'")
 
 
+def test_a_file_in_the_place_of_a_store_is_not_called_missing(command: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told = command("adapters", "list", "--store", tmp_path / "file")
+    refused(told, "the store cannot be read")
+    assert "no such folder" not in told.err
+
+
 def test_eval_prints_its_results(command: Callable[..., Outcome], store: Path) -> None:
     outcome = command("eval", "--adapter", "reviews", "--limit", 3, "--json")
     assert outcome.code == 0, outcome.err

@@ -18,6 +18,7 @@ from qlora_kit.conversation import Message
 from qlora_kit.engine import Answer, Delta, Engine, Handle, Request
 from qlora_kit.errors import AdapterError, ConfigError, GuardError, Interrupted
 from qlora_kit.generation import Sampling
+from qlora_kit.generation.kv_rows import KvRows, StoredRow
 
 NEW = 12
 KINDS = {
@@ -497,6 +498,21 @@ def test_a_failure_while_a_prompt_is_read_reaches_who_waits(
     engine.close()
     assert engine.start().submit(request(0)).result().completion_tokens
     engine.close()
+
+
+def test_a_prompt_that_finds_no_memory_to_be_remembered_in_harms_nobody(
+    random_base: Path, store: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(rows: KvRows, row: int, length: int) -> StoredRow:
+        raise torch.OutOfMemoryError("no memory")
+
+    with make_engine(random_base, store) as engine:
+        monkeypatch.setattr(KvRows, "store", run_out)
+        monkeypatch.setattr("qlora_kit.engine.prefix_cache.MIN_TOKENS", 1)
+        handles = [engine.submit(request(number)) for number in range(len(expected))]
+        assert [ids_of(handle) for handle in handles] == expected
+        assert engine.is_started
+        assert engine.stats().prefix_bytes == 0
 
 
 def test_memory_that_runs_out_while_the_block_grows_costs_the_new_row_alone(

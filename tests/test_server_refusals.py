@@ -447,6 +447,7 @@ def test_the_deadline_ends_an_answer(store: Path, path: str) -> None:
         assert reply.status == 200
         last = reply.text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline"
+        assert "qlora_kit_disconnects_total 0.0" in live.send("GET", "/metrics").text  # the client read it to its end
         if path == CHAT:
             with pytest.raises(openai.APIError, match="longer than this server allows"):
                 list(live.client().chat.completions.create(model="base", messages=[USER], stream=True))  # type: ignore[list-item]

@@ -27,7 +27,7 @@ StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder."
 @app.command("list", cls=Verb)
 def list_adapters(*, store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
     """List the store's adapters."""
-    if not store.is_dir():
+    if not store.exists():
         say(f"{store}: there is no such folder yet; `adapters add` makes it")
     listing = _store(store).scan()
     if json:

@@ -73,7 +73,7 @@ def serve(
     with listen(settings) as listener:
         address, taken = listener.getsockname()[:2]
         url = f"http://[{address}]:{taken}" if ":" in address else f"http://{address}:{taken}"
-        if not store.is_dir():
+        if not store.exists():
             say(f"{store}: there is no such folder yet; adapters that `adapters add` puts there will be served")
         say(f"loading the base and the adapters in {store}")
         engine = open_store_engine(base, store, max_batch=max_batch, kv_bytes=kv_bytes)

@@ -283,11 +283,18 @@ class Scheduler:
     def _finished(self, lane: Lane, place: int) -> None:
         row = lane.rows[place]
         if self.prefixes.wants(row.length):
-            key, ids = row.parts.key, row.all_ids[: row.length]
-            self.prefixes.put(key, ids, lane.kv.store(place, row.length))
+            self._keep_prefix(lane, place)
         lane.remove(place)
         self._release(row)
         self._budget.keep_prefixes(self._lanes.values())
+
+    def _keep_prefix(self, lane: Lane, place: int) -> None:
+        row = lane.rows[place]
+        try:
+            stored = lane.kv.store(place, row.length)
+        except out_of_memory():  # the answer is whole: only the next one like it would have been sooner
+            return
+        self.prefixes.put(row.parts.key, row.all_ids[: row.length], stored)
 
     def _drop_cancelled(self) -> None:
         waiting = list(self._waiting)  # at once: others append to it meanwhile
