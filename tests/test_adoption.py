@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,10 +83,10 @@ def plain_loss(model: torch.nn.Module, rows: list[tuple[torch.Tensor, torch.Tens
     return total / count
 
 
-def train_adapter(folder: Path, base: Path, *, four_bit: bool) -> Path:
+def train_adapter(folder: Path, base: Path, *, four_bit: bool, bias: Literal["none", "all"] = "none") -> Path:
     """A LoRA adapter that plain PEFT and torch train on ``ROWS`` behind ``SYSTEM``."""
     torch.manual_seed(0)
-    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", bias=bias)
     adapted = get_peft_model(plain_base(base, four_bit=four_bit), settings)
     rows = plain_rows(base, SYSTEM)
     longest = max(ids.shape[1] for ids, _ in rows)
@@ -182,6 +182,21 @@ def test_losses_and_effect_are_those_of_plain_peft(trained: Trained, measured: A
     ended = [stop in answer[0, ids.shape[1] :] for ids, answer in zip(prompts, answers, strict=True)]
     assert found["stop_rate"] == sum(ended) / len(PROBES)
     assert (found["eval_rows"], found["eval_tokens"]) == (len(ROWS), sum(int((r != -100).sum()) for _, r in rows))
+
+
+def test_trained_biases_count_too(trained: Trained, store: AdapterStore, tmp_path: Path) -> None:
+    folder = train_adapter(tmp_path / "biased", trained.base, four_bit=True, bias="all")
+    said = claims(trained, system_prompt=SYSTEM, validation=(str(trained.rows),))
+    found = adopt_adapter(str(folder), store, said).contract.metrics
+    rows = plain_rows(trained.base, SYSTEM)
+    model: Any = plain_base(trained.base, four_bit=True)
+    own = {name: bias.clone() for name, bias in model.named_parameters() if name.endswith(".bias")}
+    model = PeftModel.from_pretrained(model, folder).eval()  # which writes them over the base's
+    assert found["eval_loss"] == pytest.approx(plain_loss(model, rows), rel=1e-4)
+    for name, bias in own.items():
+        module = model.get_base_model().get_submodule(name.removesuffix(".bias"))
+        module.bias.data.copy_(bias)
+    assert found["eval_loss"] != pytest.approx(plain_loss(model, rows), rel=1e-2)
 
 
 def test_the_contract_says_what_was_measured_and_what_was_not(trained: Trained, measured: Adoption) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.adapter_loading import attach_adapter, base_modules, require_fit
+from qlora_kit.adapter_loading import base_modules, require_fit
 from qlora_kit.adapters import read_adapter
 from qlora_kit.adoption.planning import AdoptionPlan
 from qlora_kit.config import QuantizationSection
+from qlora_kit.engine.peft_path import PeftPath
 from qlora_kit.errors import AdapterError, GuardError
 from qlora_kit.generation import Sampling, generate
 from qlora_kit.likelihood import Loss, answer_nlls
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from qlora_kit.data.encoding import Encoded
 
 BATCH_SIZE = 16
-_ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def measure(plan: AdoptionPlan, quantization: QuantizationSection) -> Measured:
     base_loss = _loss(plan, model, plan.rows)
     base = base_modules(model)
     adapter = read_adapter(lambda: plan.files.folder, lambda files, _: require_fit(files, base))
-    attach_adapter(model, None, adapter, slot=_ADAPTER_NAME)
+    path = PeftPath(model)  # which takes trained biases, too
+    path.activate(path.attach(adapter))
     effect = compare_logits(base_logits, _finite_logits(model, prompts, whose=f"the adapter {plan.files.folder}"))
     if effect.max_abs == 0:
         raise AdapterError(

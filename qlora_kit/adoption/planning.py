@@ -16,7 +16,6 @@ from qlora_kit.adapters import (
     check_adapter_folder,
     no_base_given,
     pair_faults,
-    require_shareable,
 )
 from qlora_kit.adapters.card import RUN_CONFIG_FILE
 from qlora_kit.adapters.contract_file import ADOPTED, COMBINED, TRAINED
@@ -120,7 +119,6 @@ def plan_adoption(
     folder = store.get(adapter)
     files = check_adapter_folder(folder)
     _refuse_contract(files, replace=replace)
-    require_shareable(files)
     _check_claims(claims)
     if claims.base is None:
         raise no_base_given(folder, files.config.base_model_name_or_path)
