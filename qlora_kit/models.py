@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,11 @@ from qlora_kit.base_files import BaseRef, read_model_config
 from qlora_kit.base_layout import prequantized_config, require_described_shapes
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.data.chat import chat_template_sha256, stop_token_ids
-from qlora_kit.errors import BaseModelError, ConfigError, Fault
+from qlora_kit.errors import BaseModelError
 from qlora_kit.four_bit import keep_4bit_weights_as_they_are, nf4_code_samples, refuse_wrong_cpu_layers
 from qlora_kit.launched import index_on_this_machine
 from qlora_kit.prequantized import agreed_quantization, described_shapes, read_prequantization
 from qlora_kit.safetensors_header import locate_tensors
-from qlora_kit.suggest import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FP32_BYTES = 4
-EMBEDDING = "embed_tokens"
 
 
 def load_tokenizer(ref: BaseRef) -> PreTrainedTokenizerBase:
@@ -267,40 +264,6 @@ def attach_lora(
             expected="lora.target_modules that name linear layers of the base",
             fix="use all-linear, or names from `qlora-kit info`",
         ) from error
-
-
-def require_target_modules(ref: BaseRef, lora: LoraSection) -> None:
-    """Compare ``lora.target_modules`` with the base's weight headers, by PEFT's rules, before the base is loaded.
-
-    Raises:
-        ConfigError: Names, or a pattern, that match no matrix of the base's layers or head; with every such name.
-        BaseModelError: The weight files are damaged.
-    """
-    targets = lora.target_modules
-    if targets == "all-linear":
-        return
-    shapes = described_shapes(locate_tensors(ref.path, error=BaseModelError))
-    modules = {
-        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
-    }
-    modules = {module for module in modules if module.split(".")[-1] != EMBEDDING}  # its pair is of another kind
-    if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, module) for module in modules) else [targets]
-    else:
-        missing = [name for name in targets if not any(f".{module}".endswith(f".{name}") for module in modules)]
-    if missing:
-        names = sorted({module.split(".")[-1] for module in modules})
-        kind = "pattern" if isinstance(targets, str) else "name"
-        raise ConfigError.of([_missing_target(name, kind, names, ref) for name in missing])
-
-
-def _missing_target(target: str, kind: str, names: list[str], ref: BaseRef) -> Fault:
-    match = target if target in names else nearest(target.split(".")[-1], names)
-    expected = f"modules of the base: {', '.join(names)}"
-    if kind == "pattern":
-        expected += "; a pattern matches a whole name such as model.layers.0.self_attn.q_proj"
-    fix = "use all-linear, or a list of names above" if match is None else f"did you mean [{match}]?"
-    return Fault(f"lora.target_modules: the {kind} {target!r} matches no matrix of {ref.id}", expected, fix)
 
 
 def _as_peft(modules: str | tuple[str, ...] | None) -> str | list[str] | None:

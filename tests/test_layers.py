@@ -22,7 +22,8 @@ LAYERS = {
             "tasks conversation tool_calls turns formats format_detection metrics config adapters base_keys base_files"
             " architecture starter prequantized memory",
             "shard_writer checkpoint data base_layout four_bit models stop_token token_rows adapter_loading"
-            " measured_speed code_execution generation likelihood reference_answers scoring report lora_bank fast",
+            " lora_modules measured_speed code_execution generation likelihood reference_answers scoring report"
+            " lora_bank fast",
             "training engine merging adoption combining data_check export",
             "evaluation_plan evaluation doctor chat batch server",
             "cli __main__",

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from qlora_kit.base_files import TINY_FOLDER, BaseRef, resolve_base
 from qlora_kit.config import LoraSection, QuantizationSection
 from qlora_kit.errors import BaseModelError, ConfigError
 from qlora_kit.four_bit import linear4bit_modules, nf4_code_samples
+from qlora_kit.lora_modules import require_lora_modules
 from qlora_kit.models import (
     adapter_bytes_at_most,
     attach_lora,
@@ -27,7 +29,6 @@ from qlora_kit.models import (
     load_base_model,
     load_tokenizer,
     quantization_facts,
-    require_target_modules,
     trainable_parameters,
 )
 
@@ -267,7 +268,7 @@ def test_targets_that_the_base_lacks_are_refused(random_base: Path) -> None:
 def test_targets_that_the_base_has_are_taken(random_base: Path, targets: str | tuple[str, ...]) -> None:
     """What passes is what PEFT attaches to."""
     ref, lora = resolve_base(str(random_base)), LoraSection(target_modules=targets)
-    require_target_modules(ref, lora)
+    require_lora_modules(ref, lora, load_in_4bit=True)
     attach_lora(load_base_model(ref, NF4, device=CPU), lora)
 
 
@@ -288,13 +289,57 @@ def test_targets_that_the_headers_lack_are_named(
     random_base: Path, targets: str | tuple[str, ...], bad: list[str], fix: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        require_target_modules(resolve_base(str(random_base)), LoraSection(target_modules=targets))
+        require_lora_modules(resolve_base(str(random_base)), LoraSection(target_modules=targets), load_in_4bit=True)
     faults = caught.value.faults
     assert len(faults) == len(bad)
     for fault, name in zip(faults, bad, strict=True):
         assert repr(name) in fault.what
         assert "down_proj, gate_proj, k_proj" in fault.expected
     assert fix in faults[0].fix
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what", "fix"),
+    [
+        ("modules_to_save", ("lm_heda",), "the name 'lm_heda' matches no module", "did you mean [lm_head]?"),
+        ("modules_to_save", ("q_proj",), "'q_proj' is held in 4-bit codes", "leave it to LoRA"),
+        ("modules_to_save", ("mlp",), "'mlp' is held in 4-bit codes", "leave it to LoRA"),
+        ("exclude_modules", ("v_prj",), "the name 'v_prj' matches no matrix", "did you mean [v_proj]?"),
+        ("exclude_modules", r".*\.visual\..*", "matches no matrix", "remove it"),
+        ("rank_pattern", {"k_prj": 4}, "'k_prj' matches no module", "did you mean k_proj?"),
+        ("alpha_pattern", {r"layers\.[89]\..*": 4}, "matches no module", "remove it, or name one of the above"),
+    ],
+)
+def test_names_that_would_be_without_effect_are_refused(
+    random_base: Path, key: str, value: Any, what: str, fix: str
+) -> None:
+    """PEFT goes on without them, or trains an adapter that fits no base; codes it cannot train at all."""
+    ref, lora = resolve_base(str(random_base)), LoraSection(**{key: value})
+    with pytest.raises(ConfigError) as caught:
+        require_lora_modules(ref, lora, load_in_4bit=True)
+    (fault,) = caught.value.faults
+    assert fault.what.startswith(f"lora.{key}: ")
+    assert what in fault.what
+    assert fault.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"modules_to_save": ("lm_head", "norm"), "exclude_modules": ("lm_head", "v_proj")},
+        {"modules_to_save": ("embed_tokens",), "exclude_modules": r".*\.layers\.0\..*"},
+        {"rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\..*": 2}, "alpha_pattern": {"model.layers.0.mlp.up_proj": 4}},
+    ],
+)
+def test_names_that_have_an_effect_are_taken(random_base: Path, chosen: dict[str, Any]) -> None:
+    ref, lora = resolve_base(str(random_base)), LoraSection(**chosen)
+    require_lora_modules(ref, lora, load_in_4bit=True)
+
+    def trained(section: LoraSection) -> dict[str, torch.Size]:
+        attached = attach_lora(load_base_model(ref, NF4, device=CPU), section)
+        return {name: weight.shape for name, weight in attached.named_parameters() if weight.requires_grad}
+
+    assert trained(lora) != trained(LoraSection())
 
 
 def test_the_bound_of_an_adapters_size_is_one(random_base: Path) -> None:

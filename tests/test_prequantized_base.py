@@ -30,6 +30,7 @@ from qlora_kit.config import LoraSection, QuantizationSection, load_config
 from qlora_kit.engine import Engine
 from qlora_kit.errors import AdapterError, BaseModelError, QloraKitError
 from qlora_kit.generation import Sampling
+from qlora_kit.lora_modules import require_lora_modules
 from qlora_kit.merging import merge_adapter
 from qlora_kit.models import (
     adapter_bytes_at_most,
@@ -37,7 +38,6 @@ from qlora_kit.models import (
     base_quantization,
     load_base_model,
     quantization_facts,
-    require_target_modules,
     trainable_parameters,
 )
 from qlora_kit.training import TrainResult, train
@@ -259,7 +259,7 @@ def test_files_that_are_not_whole_are_refused_by_name_before_loading(
 
 def test_headers_count_the_weights_as_they_were(four_bit: Path, sixteen_bit: Path) -> None:
     ref = resolve_base(str(four_bit))
-    require_target_modules(ref, LoraSection(target_modules=("q_proj", "down_proj")))
+    require_lora_modules(ref, LoraSection(target_modules=("q_proj", "down_proj")), load_in_4bit=True)
     model = attach_lora(load_base_model(ref, DEFAULT, device=CPU), LoraSection(r=4))
     bound = adapter_bytes_at_most(ref, LoraSection(r=4))
     assert (

@@ -160,7 +160,7 @@ class LoraSection(BaseModel):
     init_lora_weights: Annotated[bool | str, BeforeValidator(_initialisation)] = True
     """True: PEFT's own; ``gaussian``; ``eva``: from activations; ``loftq``: from the error of the quantization."""
     bias: Literal["none"] = "none"
-    """Biases are not trained: PEFT would write them over the shared base, and no merge carries them."""
+    """The kit trains no biases; adapters from elsewhere that bring some are answered, adopted and merged."""
     modules_to_save: Names = ()
     """Modules trained and saved whole."""
     trainable_token_indices: TokenIndices = "auto"

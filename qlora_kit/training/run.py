@@ -20,6 +20,7 @@ from qlora_kit.data.preparing import tell_notes
 from qlora_kit.data.tokenised_data import TokenisedData, tokenised_data
 from qlora_kit.errors import ConfigError
 from qlora_kit.launched import is_main_process
+from qlora_kit.lora_modules import require_lora_modules
 from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
@@ -29,7 +30,6 @@ from qlora_kit.models import (
     load_base_model,
     load_tokenizer,
     quantization_facts,
-    require_target_modules,
 )
 from qlora_kit.report import Sample, write_report
 from qlora_kit.stop_token import TokenRows, choose_token_rows
@@ -180,7 +180,7 @@ def train(
     if resume:
         now = start
         start, resumption = main_first(lambda: resume_run(config, folder, now, allow_changed=allow_changed))
-    require_target_modules(ref, config.lora)
+    require_lora_modules(ref, config.lora, load_in_4bit=config.quantization.load_in_4bit)
     require_layers(config.train, ref)
     require_shardable(config, ref)
     require_host_embedding_possible(config, ref)
