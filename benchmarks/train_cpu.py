@@ -55,10 +55,11 @@ def child(name: str, setting: Setting, measure: str) -> dict[str, Any]:
     """One contender in this process: ``time``, or ``count`` for operations and bytes as well."""
     warnings.simplefilter("ignore", FutureWarning)
     with contender(name, setting, torch.device("cpu")) as trainer:
-        figures = counted(trainer, name, setting) if measure == "count" else {}
-        trainer.model.zero_grad()
         before = forget_peak()
-        return {**figures, **timed(trainer, setting), "peak_growth_bytes": peak_bytes() - before}
+        figures = {**timed(trainer, setting), "peak_growth_bytes": peak_bytes() - before}
+        trainer.model.zero_grad()
+        # Last, or memory that counting took and freed would be there already when training grows into it.
+        return figures | (counted(trainer, name, setting) if measure == "count" else {})
 
 
 def in_process(name: str, setting: Setting, measure: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import set_seed
-from trl import SFTConfig
 
 from qlora_kit.atomic import full_disk_errors
 from qlora_kit.base_files import BaseRef, resolve_base, resolve_description
@@ -25,7 +24,6 @@ from qlora_kit.measured_speed import note_speed
 from qlora_kit.models import (
     adapter_bytes_at_most,
     base_quantization,
-    compute_dtype,
     default_device,
     load_base_model,
     load_tokenizer,
@@ -68,6 +66,7 @@ from qlora_kit.training.starting_adapter import AdapterStart, attach_adapter, re
 from qlora_kit.training.stop_rate import stop_rate
 from qlora_kit.training.stopping import StopOnSignal
 from qlora_kit.training.strategies import checked_strategies
+from qlora_kit.training.trl_arguments import sft_config
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -169,7 +168,7 @@ def train(
     if resume:
         config = begun_with(config, folder)
     config = from_main(lambda: within_memory(config, described, data.ledger, device=device, adapt=not resume))
-    arguments = _sft_config(config, device)
+    arguments = sft_config(config, device)
     strategies = checked_strategies(config, arguments, device, tokenizer)
     if data.train is not None and not config.train.packing:  # `fit` knows how many sequences packing makes
         steps = steps_of_run(arguments, len(data.train), processes=arguments.world_size)
@@ -264,34 +263,6 @@ def _publish(folder: Path, trained: Trained, data: TokenisedData, stop: StopOnSi
     publish(folder, lambda staging: write_run_files(complete, staging))
     write_report(folder)  # last: whatever becomes of the picture, the adapter is safe
     return metrics
-
-
-def _sft_config(config: RunConfig, device: torch.device) -> SFTConfig:
-    """TRL's configuration: the user's fields, and those that the kit decides."""
-    dtype = compute_dtype(config.quantization.bnb_4bit_compute_dtype, device)
-    # Every trained weight has its part in every loss; unfreezing, where that is not so, is for one process only.
-    arguments = {"ddp_find_unused_parameters": False} | config.sft_arguments()
-    arguments |= {
-        "output_dir": config.output_dir,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "use_cpu": device.type == "cpu",
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        # The rows are tokenised, masked and cut already; TRL prepares them only to pack them.
-        "dataset_kwargs": {"skip_prepare_dataset": not arguments["packing"]},
-        "eval_packing": arguments["packing"],
-    }
-    try:
-        settings = SFTConfig(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"train: {error}",
-            expected="values that TRL's SFTConfig accepts together",
-            fix="correct the train section; the fields are documented with SFTConfig and TrainingArguments",
-        ) from error
-    settings._n_gpu = min(settings.n_gpu, 1)  # of several, one process takes one; with more, TRL refuses to begin
-    return settings
 
 
 def _load_model(
