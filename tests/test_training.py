@@ -26,8 +26,7 @@ from qlora_kit.base_files import resolve_base
 from qlora_kit.config import load_config
 from qlora_kit.errors import ConfigError, DataError, GuardError, Interrupted, OutputError
 from qlora_kit.models import load_base_model
-from qlora_kit.training import TrainResult, train
-from qlora_kit.training import run as run_module
+from qlora_kit.training import TrainResult, train, trl_arguments
 from qlora_kit.training.checkpoints import checkpoints
 from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.progress import TrainingProgress
@@ -292,7 +291,7 @@ def test_one_process_trains_on_one_of_several_gpus(
     run: Callable[..., TrainResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers counts all that it sees, would train on all of them at once, and TRL refuses that."""
-    monkeypatch.setattr(run_module, "SFTConfig", SeesTwo)
+    monkeypatch.setattr(trl_arguments, "SFTConfig", SeesTwo)
     assert run("train.max_steps=1").steps == 1
 
 
