@@ -71,6 +71,7 @@ def test_a_trial_leaves_no_trace_in_the_run(
     assert tried.train_loss == fused.train_loss
     plain = start_run(*SHORT, *overrides, "train.fast=off", name="plain")
     assert weights(tried) != weights(plain)  # they round differently, or nothing was fused
+    assert (tried.fused, fused.fused, plain.fused) == (True, True, False)
 
 
 def fails(output: torch.Tensor) -> torch.Tensor:
@@ -110,6 +111,7 @@ def test_what_is_slower_is_not_used(
     monkeypatch.setattr(fast_trial, "MOST_TIME", 0.0)
     tried = start_run(*SHORT, name="tried")
     assert "train.fast: nothing is fused: it is slower here (tried on" in caplog.text
+    assert not tried.fused
     assert weights(tried) == weights(start_run(*SHORT, "train.fast=off", name="plain"))
 
 

@@ -447,6 +447,7 @@ def test_a_run_stops_early_keeps_the_best_and_stays_stopped(
         (run / name).unlink()
     again = start_run(*settings, resume=True)
     assert (again.steps, again.kept_step, again.stopped_early, again.eval_loss) == (8, 4, True, 96)
+    assert result.fused and again.fused
     assert (run / WEIGHTS).read_bytes() == kept
 
 

@@ -46,6 +46,8 @@ class ExactTrainer(SFTTrainer):
     """Whether activations are computed again in the backward pass for that reason."""
     fast: FastSwitch | None = None
     """The fused path; None where it cannot be used."""
+    was_fused = False
+    """Whether the run that is over took it."""
     _saving_into: Path | None = None
     _resumed_from: Path | None = None
     _earlier: Position | None = None  # where the resumed run stood
@@ -307,7 +309,7 @@ class ExactTrainer(SFTTrainer):
             seconds=earlier_seconds + time.time() - self._began,
             pieces=self.pieces,
             recomputes=self.recomputes,
-            fused=self.fast is not None and self.fast.used,
+            fused=self.fast is not None and self.fast.fuses,
             card=card_of(self.accelerator.device),
         )
 

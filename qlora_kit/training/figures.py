@@ -30,6 +30,7 @@ def run_figures(trainer: GuardedTrainer, data: TokenisedData, seconds: float) ->
         "task_metric": measured if measured is not None and math.isfinite(measured) else None,
         "kept_step": kept_step,
         "stopped_early": state.global_step < state.max_steps,
+        "fused": trainer.was_fused,
         "tokens_per_second": round(trainer.tokens_seen / seconds, 1),
         "rows": data.ledger.report("train").kept,
         "dropped_rows": report.dropped + report.truncated + report.duplicates,

@@ -151,6 +151,7 @@ def _fast_training(trainer: GuardedTrainer, model: PeftModel, arguments: SFTConf
             trainer.fast.tell()
         yield
     finally:
+        trainer.was_fused = trainer.fast.fuses
         trainer.fast.use(False)
         trainer.fast = None
 

@@ -89,6 +89,7 @@ class TrainResult:
         stopped_early: Whether ``train.early_stopping_patience`` ended the run before its last step.
         stop_rate: Share of the answers to ``eval.stop_rate_rows`` validation prompts that end by themselves; None
             where none was asked for.
+        fused: Whether layers, attention or loss were the kit's fused ones (``train.fast``).
         tokens_per_second: Tokens through the model, padding left out, over the training time with its evaluations.
         rows: Training rows that were kept, of those that were read.
         dropped_rows: Rows of all splits that were dropped, truncated or duplicates; ``ledger.jsonl`` lists them.
@@ -109,6 +110,7 @@ class TrainResult:
     kept_step: int
     stopped_early: bool
     stop_rate: float | None
+    fused: bool
     tokens_per_second: float
     rows: int
     dropped_rows: int

@@ -15,6 +15,7 @@ from qlora_kit.errors import ConfigError
 from qlora_kit.training.early_stopping import EarlyStopping, Patience
 from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.optimizers import grouped_optimizer, rehearse_optimizer
+from qlora_kit.training.position import Position
 from qlora_kit.training.task_metric import TaskMetric, task_metric
 from qlora_kit.training.unfreezing import GradualUnfreezing
 
@@ -91,6 +92,7 @@ def take_up_stopped_run(trainer: GuardedTrainer, checkpoint: Path) -> None:
     """Bring a trainer to where a run had stopped early: its state, and the adapter that it kept."""
     state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
     trainer.state = state
+    trainer.was_fused = Position.read(checkpoint).fused
     best = checkpoint.parent / f"checkpoint-{state.best_global_step}"
     kept = best if trainer.args.load_best_model_at_end and best.is_dir() else checkpoint
     trainer.model.load_adapter(str(kept), "default", is_trainable=True)
