@@ -293,6 +293,34 @@ def test_one_wrong_gradient_in_one_layer_is_seen(layer: int, name: str) -> None:
     assert f"{name}.lora_A" in trial.refusal
 
 
+@pytest.mark.parametrize(
+    ("trained", "factor", "refused"),
+    [
+        ("norm.modules_to_save", 1.2, False),  # a sum over all tokens, which TRL's head makes in 16 bits
+        ("norm.modules_to_save", 2.0, True),
+        ("norm.modules_to_save", 0.0, True),
+        ("v_proj.lora_B", 1.2, True),
+    ],
+)
+@pytest.mark.usefixtures("unmeasured")
+def test_whole_modules_may_be_farther_apart_in_16_bits(trained: str, factor: float, refused: bool) -> None:
+    model = with_lora(base_model(dtype=torch.bfloat16, initializer_range=0.05), modules_to_save=["norm"])
+    fast = FastSwitch(model)
+    right = one_pass_of(fast, model)
+
+    def changed(batch: Mapping[str, Any]) -> torch.Tensor:
+        loss = right(batch)
+        for name, weight in model.named_parameters():
+            if fast.used and trained in name and weight.grad is not None:
+                weight.grad *= factor
+        return loss
+
+    refusal = try_both(fast, model, packed_batch(), changed).refusal
+    assert (refusal is not None) == refused, refusal
+    if refusal is not None:
+        assert trained in refusal or "layernorm.modules_to_save" in refusal
+
+
 @pytest.mark.parametrize("least", [12, 10**9])
 @pytest.mark.usefixtures("unmeasured")
 def test_where_memory_ends_less_is_tried(least: int) -> None:

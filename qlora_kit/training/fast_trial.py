@@ -35,21 +35,29 @@ class Limits:
 
     Attributes:
         loss: Of the losses.
-        kind: Of the gradients of all layers' weights of one kind, as one vector.
+        kind: Of the gradients of all layers' pairs of one kind, as one vector.
+        whole: The same of modules that are trained whole.
         single: Of one weight's gradient, in which rounding counts more; of one much smaller than others of its kind,
             relatively to those.
     """
 
     loss: float
     kind: float
+    whole: float
     single: float
 
+    def of_kind(self, kind: str) -> float:
+        """The limit of a kind of weights, by its name (``q_proj.lora_A``, ``norm.modules_to_save``)."""
+        return self.kind if ".lora_" in kind else self.whole
 
-IN_FP32 = Limits(1e-4, 1e-3, 1e-2)
+
+IN_FP32 = Limits(loss=1e-4, kind=1e-3, whole=1e-3, single=1e-2)
 """Both paths agree to some 1e-6."""
-IN_16_BITS = Limits(1e-2, 0.1, 0.6)
+IN_16_BITS = Limits(loss=1e-2, kind=0.1, whole=0.3, single=0.6)
 """In 28 random layers in bf16, over 72 settings and seeds, kinds are 2 to 6 % apart and single weights up to 43 %; from
-fp32, either path 5 to 32 % and up to 43 %. A gradient that is doubled or left out is 100 % off."""
+fp32, either path 5 to 32 % and up to 43 %. The last norm of `tiny`, trained whole, is 11 % apart, since TRL's head sums
+what it gets in 16 bits: 8.5 % off fp32, where the fused path is 1.7 % off. A gradient that is doubled or left out is
+100 % off."""
 _LEAST_NORM = 0.25
 """Of the root mean square of a kind's norms: what is smaller is mostly rounding, and was up to 61 % apart."""
 _B_SHARE = 0.1
@@ -196,16 +204,18 @@ def _measured(model: PeftModel, batch: Batch, one_pass: Callable[[Batch], torch.
 def _compared(plain: Passes, fused: Passes, tokens: tuple[int, int], *, dtype: torch.dtype) -> Trial:
     limits = _limits(dtype)
     loss_distance = abs(fused.loss - plain.loss) / (abs(plain.loss) or 1.0)
-    kind, of_kind = _farthest(plain.gradients, fused.gradients, by=_kind)
-    name, of_single = _farthest(plain.gradients, fused.gradients, by=str, least=_least_norms(plain.gradients))
+    kind, of_kind, limit = _farthest(plain.gradients, fused.gradients, limits.of_kind, by=_kind)
+    name, of_single, _ = _farthest(
+        plain.gradients, fused.gradients, lambda _: limits.single, by=str, least=_least_norms(plain.gradients)
+    )
     time_ratio = fused.seconds / plain.seconds
-    found = f"gradients {of_kind:.1g} apart (at most {limits.kind:g}), {time_ratio:.2f} of the time"
+    found = f"gradients {of_kind:.1g} apart (at most {limit:g}), {time_ratio:.2f} of the time"
     if plain.peak_bytes is not None and fused.peak_bytes is not None:
         found += f", peak {fused.peak_bytes / 1e9:.2f} GB instead of {plain.peak_bytes / 1e9:.2f}"
     refusal = None
     if not loss_distance <= limits.loss:  # so that NaN is refused too
         refusal = f"its loss is {fused.loss:.6g} and should be {plain.loss:.6g}"
-    elif not of_kind <= limits.kind:
+    elif not of_kind <= limit:
         refusal = f"its gradients of {kind} are too far off"
     elif not of_single <= limits.single:
         refusal = f"its gradient of {name} is too far off"
@@ -231,20 +241,26 @@ def _least_norms(gradients: Mapping[str, torch.Tensor]) -> Mapping[str, float]:
 def _farthest(
     plain: Mapping[str, torch.Tensor],
     fused: Mapping[str, torch.Tensor],
+    limit: Callable[[str], float],
     *,
     by: Callable[[str], str],
     least: Mapping[str, float] | None = None,
-) -> tuple[str, float]:
-    """The group of weights, by ``by`` of their names, whose gradients are farthest apart, and how far, relatively.
+) -> tuple[str, float, float]:
+    """The group of weights, by ``by`` of their names, whose gradients are nearest to their limit or beyond it most.
 
     Args:
         plain: Each weight's, by the libraries' own path.
         fused: By the other.
+        limit: From a group's name to how far its gradients may be apart, relatively.
         by: From a weight's name to that of its group.
         least: By group, the norm that it counts with if its own is smaller.
+
+    Returns:
+        Its name, how far its gradients are apart, and its limit.
     """
     if plain.keys() != fused.keys():
-        return min(plain.keys() ^ fused.keys()), math.inf
+        name = min(plain.keys() ^ fused.keys())
+        return name, math.inf, limit(by(name))
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, gradient in plain.items():
         group = sums[by(name)]
@@ -252,8 +268,9 @@ def _farthest(
         group[1] += float(gradient.double().square().sum())
     norms = {group: max(math.sqrt(whole), 0.0 if least is None else least[group]) for group, (_, whole) in sums.items()}
     distances = {group: math.sqrt(off) / (norms[group] or 1.0) for group, (off, _) in sums.items()}
-    worst = max(distances, key=lambda group: math.inf if math.isnan(distances[group]) else distances[group])
-    return worst, distances[worst]
+    shares = {group: distance / limit(group) for group, distance in distances.items()}
+    worst = max(shares, key=lambda group: math.inf if math.isnan(shares[group]) else shares[group])
+    return worst, distances[worst], limit(worst)
 
 
 def _kind(name: str) -> str:
