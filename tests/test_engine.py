@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from qlora_kit.adapters import AdapterContract, BaseIdentity, base_fingerprint
 from qlora_kit.base_files import resolve_base
 from qlora_kit.data.chat import chat_template_sha256
-from qlora_kit.engine import Answer, Engine, Request
+from qlora_kit.engine import Answer, Engine, Request, entrance
 from qlora_kit.errors import AdapterError, ConfigError
 from qlora_kit.formats import Message
 from qlora_kit.generation import Sampling
@@ -301,6 +301,38 @@ def test_the_trained_system_prompt_is_used_unless_the_conversation_has_its_own(
     assert prompt_lengths(shared, [[user], [own, user]], "reviews") == lengths[:2]
     for adapter in ("bare", "b", None):
         assert prompt_lengths(shared, [[user]], adapter) == lengths[2:]
+
+
+def test_an_adapter_that_is_replaced_while_a_prompt_is_rendered_gets_its_own_system_prompt(
+    shared: Engine,
+    store: Path,
+    tmp_path: Path,
+    contract: Callable[..., AdapterContract],
+    chatml_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(store / "a", tmp_path / "replaced")
+    contract().save(folder)
+    name = shared.load(str(folder))
+    rendering = entrance.render_prompts
+    seen: list[list[list[int]]] = []
+
+    def render(conversations: list[list[Message]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+        seen.append(rendering(conversations, tokenizer))
+        if len(seen) == 1:
+            contract(system_prompt="Answer in one word.").save(folder)
+            shared.reload(name)
+        return seen[-1]
+
+    monkeypatch.setattr(entrance, "render_prompts", render)
+    user = Message("user", "Nice.")
+    answer = shared.submit(Request((user,), adapter=name, sampling=Sampling(1))).result()
+    system = {"role": "system", "content": "Answer in one word."}
+    right = chatml_tokenizer.apply_chat_template(
+        [system, {"role": "user", "content": "Nice."}], add_generation_prompt=True, return_dict=False
+    )
+    assert [prompts[0] for prompts in seen[1:]] == [right]
+    assert len(seen[0][0]) != answer.prompt_tokens == len(right)
 
 
 @pytest.mark.parametrize(

@@ -261,8 +261,8 @@ class Engine:
         """
         handle = Handle(self._loop, notify)
         try:
-            (prompt_ids,) = self._entrance.prompts([request])
-            self._loop.enter(self._entrance.row(request, prompt_ids, handle))
+            (prompt,) = self._entrance.prompts([request])
+            self._loop.enter(self._entrance.row(request, prompt, handle))
         except QloraKitError as error:
             handle.fail(error)
         return handle
@@ -284,8 +284,8 @@ class Engine:
         prompts = self._entrance.prompts(requests)
         handles = [Handle(self._loop) for _ in requests]
         try:
-            for request, prompt_ids, handle in zip(requests, prompts, handles, strict=True):
-                self._loop.enter(self._entrance.row(request, prompt_ids, handle))
+            for request, prompt, handle in zip(requests, prompts, handles, strict=True):
+                self._loop.enter(self._entrance.row(request, prompt, handle))
         except QloraKitError:
             for handle in handles:
                 handle.cancel()

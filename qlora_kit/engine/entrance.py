@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.adapters.mixing import parse_adapter, shared_system_prompt
@@ -17,6 +17,19 @@ from qlora_kit.generation import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as token ids.
+
+    Attributes:
+        ids: Of it.
+        system: The trained system prompt that was put in front of the conversation; None for none.
+    """
+
+    ids: tuple[int, ...]
+    system: str | None = None
 
 
 class Entrance:
@@ -51,8 +64,8 @@ class Entrance:
         limit = longest_answer([part for part, _ in parts.adapters])
         return Sampling() if limit is None else replace(Sampling(), max_new_tokens=limit)
 
-    def prompts(self, requests: Sequence[Request]) -> list[tuple[int, ...]]:
-        """The prompts' token ids; conversations are rendered together.
+    def prompts(self, requests: Sequence[Request]) -> list[Prompt]:
+        """What the requests ask, as tokens; conversations are rendered together.
 
         Raises:
             QloraKitError: An adapter cannot be used, a turn holds a control token, or the chat template refuses a
@@ -61,40 +74,46 @@ class Entrance:
         faults = [fault for request in requests for fault in self.text_faults(request.conversation)]
         if faults:
             raise ConfigError.of(faults)
-        conversations = {
-            place: self._with_system(request) for place, request in enumerate(requests) if request.conversation
-        }
-        rendered = render_prompts(list(conversations.values()), self._tokenizer) if conversations else []
-        found = dict(zip(conversations, rendered, strict=True))
-        return [tuple(found[place]) if place in found else request.prompt_ids for place, request in enumerate(requests)]
+        places = [place for place, request in enumerate(requests) if request.conversation]
+        found = {place: _system(requests[place], self.parts(requests[place].adapter)) for place in places}
+        rendered = self._rendered([requests[place] for place in places], list(found.values()))
+        prompts = dict(zip(places, rendered, strict=True))
+        return [prompts.get(place, Prompt(request.prompt_ids)) for place, request in enumerate(requests)]
 
     def text_faults(self, conversation: Sequence[Message]) -> list[Fault]:
         """Turns whose text would end the turn and open another (``<|im_end|>``), or is no text."""
         return turn_faults(conversation, self._control)
 
-    def row(self, request: Request, prompt_ids: tuple[int, ...], handle: Handle) -> Row:
-        """The row of a request whose prompt is rendered.
+    def row(self, request: Request, prompt: Prompt, handle: Handle) -> Row:
+        """The row of a request whose prompt is rendered; again, if its adapter was replaced by one trained otherwise.
 
         Raises:
             AdapterError: Its adapters cannot be used.
             ConfigError: The prompt is too long, or holds ids that the base lacks.
         """
-        self._require_prompt(prompt_ids)
         parts = self.parts(request.adapter)
+        system = _system(request, parts)
+        if system != prompt.system:
+            (prompt,) = self._rendered([request], [system])
+        self._require_prompt(prompt.ids)
         return Row(
             handle,
             adapter=request.adapter,
             parts=parts,
-            prompt_ids=prompt_ids,
+            prompt_ids=prompt.ids,
             sampling=self.default_sampling(parts) if request.sampling is None else request.sampling,
             max_length=self._max_length,
         )
 
-    def _with_system(self, request: Request) -> list[Message]:
-        """The conversation with the adapter's trained system prompt, unless it brings its own."""
-        turns = list(request.conversation)
-        prompt = shared_system_prompt([part.contract for part, _ in self.parts(request.adapter).adapters])
-        return turns if not prompt or turns[0].role == "system" else [Message("system", prompt), *turns]
+    def _rendered(self, requests: Sequence[Request], systems: Sequence[str | None]) -> list[Prompt]:
+        if not requests:
+            return []
+        conversations = [
+            [*([] if system is None else [Message("system", system)]), *request.conversation]
+            for request, system in zip(requests, systems, strict=True)
+        ]
+        rendered = render_prompts(conversations, self._tokenizer)
+        return [Prompt(tuple(ids), system) for ids, system in zip(rendered, systems, strict=True)]
 
     def _require_prompt(self, prompt_ids: tuple[int, ...]) -> None:
         fault = prompt_length_fault(len(prompt_ids), self._max_length)
@@ -105,3 +124,10 @@ class Entrance:
             raise ConfigError(
                 what, expected=f"ids from 0 to {self._vocabulary - 1}", fix="use the base's own tokenizer"
             )
+
+
+def _system(request: Request, parts: Parts) -> str | None:
+    """The system prompt that the adapters were trained with, for a conversation that brings none."""
+    if not request.conversation or request.conversation[0].role == "system":
+        return None
+    return shared_system_prompt([part.contract for part, _ in parts.adapters]) or None
