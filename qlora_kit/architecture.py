@@ -18,6 +18,8 @@ from qlora_kit.safetensors_header import TensorLocation
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
 PARTS: tuple[Part, ...] = ("embedding", "attention", "mlp", "norms", "head")
 SHOWN_DIFFERENCES = 5
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+"""The last parts of their modules' names."""
 
 # Family (`model_type`) -> the values that transformers takes where config.json lacks the key.
 _COMMON_DEFAULTS = {

@@ -282,9 +282,7 @@ def adapter_bytes_at_most(ref: BaseRef, lora: LoraSection) -> int:
     r = max(lora.r, *lora.rank_pattern.values(), 0)
     pairs = sum(r * sum(shape) for shape in tensors.values() if len(shape) == 2)
     saved = sum(
-        prod(shape)
-        for name, shape in tensors.items()
-        if any(f".{module}." in f".{name}" for module in lora.modules_to_save)
+        prod(shape) for name, shape in tensors.items() if name.rpartition(".")[0].endswith(lora.modules_to_save)
     )
     rows = 1 if lora.trainable_token_indices == "auto" else len(lora.trainable_token_indices or ())
     widest = max((shape[1] for shape in tensors.values() if len(shape) == 2), default=0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from qlora_kit.architecture import EMBEDDING, HEAD
 from qlora_kit.base_files import BaseRef, read_model_config
 from qlora_kit.checkpoint import TensorSource
 from qlora_kit.config import LoraSection
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
 SAMPLED_ROWS, SAMPLED_BLOCKS, COMPARED_ROWS = 4096, 64, 256
 NEAR = 0.1  # of the scale: as close as two rows that were trained never are
 INSIDE_CLUSTER, MAX_CLUSTER = 2.0, 0.5  # of the unused rows' spread, of the scale
@@ -134,7 +134,7 @@ def choose_token_rows(ref: BaseRef, tokenizer: PreTrainedTokenizerBase, lora: Lo
     with TensorSource(ref.path) as source:
         names = _row_tensors(source, ref)
         too_large = [token for name in names.values() for token in asked if token >= source.shape(name)[0]]
-    whole = [module for module in names if module in lora.modules_to_save]
+    whole = [module for module in names if _is_trained_whole(module, lora)]
     if too_large or whole or EMBEDDING not in names:
         what = f"{too_large[0]} is no row of {ref.id}" if too_large else f"{ref.id} has no {EMBEDDING} of plain weights"
         what = f"lora.modules_to_save trains {whole[0]} whole" if whole else what
@@ -149,7 +149,7 @@ def choose_token_rows(ref: BaseRef, tokenizer: PreTrainedTokenizerBase, lora: Lo
 def _automatic_rows(finding: StopTokenFinding | None, lora: LoraSection) -> TokenRows:
     if finding is None:
         return TokenRows({})
-    modules = [module for module in finding.untrained if module not in lora.modules_to_save]
+    modules = [module for module in finding.untrained if not _is_trained_whole(module, lora)]
     if not modules:
         return TokenRows({}, f"{finding}: nothing is done about it, answers end where the template says")
     return TokenRows(
@@ -157,6 +157,11 @@ def _automatic_rows(finding: StopTokenFinding | None, lora: LoraSection) -> Toke
         f"{finding}: that row was never trained, so it is trained with the adapter "
         "(lora.trainable_token_indices: null leaves it as it is)",
     )
+
+
+def _is_trained_whole(module: str, lora: LoraSection) -> bool:
+    """Whether ``modules_to_save`` names the embedding or the head; for PEFT its names are endings."""
+    return f"model.{module}".endswith(lora.modules_to_save)
 
 
 def _row_tensors(source: TensorSource, ref: BaseRef) -> dict[str, str]:

@@ -20,9 +20,9 @@ LAYERS = {
             "errors suggest host_memory regular_file strict_json atomic safetensors_header assertion_child units"
             " launched",
             "tasks conversation tool_calls turns formats format_detection metrics config adapters base_keys base_files"
-            " architecture starter prequantized memory",
+            " architecture starter prequantized lora_modules memory",
             "shard_writer checkpoint data base_layout four_bit models stop_token token_rows adapter_loading"
-            " lora_modules measured_speed code_execution generation likelihood reference_answers scoring report"
+            " measured_speed code_execution generation likelihood reference_answers scoring report"
             " lora_bank fast",
             "training engine merging adoption combining data_check export",
             "evaluation_plan evaluation doctor chat batch server",

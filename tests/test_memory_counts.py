@@ -24,7 +24,7 @@ from qlora_kit.four_bit import linear4bit_modules
 from qlora_kit.memory import activations, fused, parts
 from qlora_kit.memory.optimizers import optimizer_bytes
 from qlora_kit.memory.workload import Workload, lora_pairs, workload_of
-from qlora_kit.models import attach_lora, load_base_model
+from qlora_kit.models import adapter_bytes_at_most, attach_lora, load_base_model
 from qlora_kit.training.checkpointed_layers import checkpoint_first_layers
 from qlora_kit.training.guarded_trainer import GuardedTrainer
 from qlora_kit.training.run import train
@@ -283,6 +283,22 @@ def test_a_head_that_is_trained_whole_is_counted_and_not_fused(
     assert counted.trainable == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     with fast_path(model) as fast:
         assert (fast.head is not None) is counted.fused_head is False
+
+
+@pytest.mark.parametrize("base", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("saved", ["[norm]", "[input_layernorm]", "[embed_tokens,model.norm]", "[tokens]"])
+def test_modules_that_are_trained_whole_are_counted_as_peft_finds_them(
+    base: str, saved: str, folders: dict[str, Path], run_yaml: Path
+) -> None:
+    """By the ends of their names: ``norm`` is every layer's norms, too."""
+    run = load_config(run_yaml, [f"lora.modules_to_save={saved}"])
+    config = json.loads((folders[base] / "config.json").read_text())
+    counted = workload_of(run, read_architecture(config, where="config.json"), base_config=config, device="cpu")
+    ref = BaseRef("base", folders[base])
+    model = attach_lora(load_base_model(ref, run.quantization, device=CPU), run.lora)
+    assert counted.trainable == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert adapter_bytes_at_most(ref, run.lora) >= 4 * counted.trainable
+    assert counted.embedding_is_movable is ("tokens" not in saved)
 
 
 def assert_exact(model: Any, workload: Workload, *, scored: Any = None) -> None:

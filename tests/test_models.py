@@ -16,11 +16,12 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qlora_kit.base_files import TINY_FOLDER, BaseRef, resolve_base
+from qlora_kit.architecture import read_architecture
+from qlora_kit.base_files import TINY_FOLDER, BaseRef, read_model_config, resolve_base
 from qlora_kit.config import LoraSection, QuantizationSection
-from qlora_kit.errors import BaseModelError, ConfigError
+from qlora_kit.errors import BaseModelError, ConfigError, Fault
 from qlora_kit.four_bit import linear4bit_modules, nf4_code_samples
-from qlora_kit.lora_modules import require_lora_modules
+from qlora_kit.lora_modules import require_lora_modules, require_planned_modules
 from qlora_kit.models import (
     adapter_bytes_at_most,
     attach_lora,
@@ -272,6 +273,14 @@ def test_targets_that_the_base_has_are_taken(random_base: Path, targets: str | t
     attach_lora(load_base_model(ref, NF4, device=CPU), lora)
 
 
+def faults_of_a_plan(ref: BaseRef, lora: LoraSection, *, load_in_4bit: bool) -> tuple[Fault, ...]:
+    """What is found from ``config.json`` alone."""
+    architecture = read_architecture(read_model_config(ref), where="config.json")
+    with pytest.raises(ConfigError) as caught:
+        require_planned_modules(ref.id, architecture, lora, load_in_4bit=load_in_4bit)
+    return caught.value.faults
+
+
 @pytest.mark.parametrize(
     ("targets", "bad", "fix"),
     [
@@ -292,6 +301,8 @@ def test_targets_that_the_headers_lack_are_named(
         require_lora_modules(resolve_base(str(random_base)), LoraSection(target_modules=targets), load_in_4bit=True)
     faults = caught.value.faults
     assert len(faults) == len(bad)
+    ref, lora = resolve_base(str(random_base)), LoraSection(target_modules=targets)
+    assert faults_of_a_plan(ref, lora, load_in_4bit=True) == faults
     for fault, name in zip(faults, bad, strict=True):
         assert repr(name) in fault.what
         assert "down_proj, gate_proj, k_proj" in fault.expected
@@ -317,10 +328,24 @@ def test_names_that_would_be_without_effect_are_refused(
     ref, lora = resolve_base(str(random_base)), LoraSection(**{key: value})
     with pytest.raises(ConfigError) as caught:
         require_lora_modules(ref, lora, load_in_4bit=True)
+    assert faults_of_a_plan(ref, lora, load_in_4bit=True) == caught.value.faults
     (fault,) = caught.value.faults
     assert fault.what.startswith(f"lora.{key}: ")
     assert what in fault.what
     assert fault.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(("name", "inner"), [("mlp", "down_proj, gate_proj, up_proj"), ("layers.0", "down_proj, ")])
+def test_modules_that_hold_others_are_not_trained_whole(random_base: Path, name: str, inner: str) -> None:
+    """Their adapter would bring tensors of modules that its ``modules_to_save`` does not name."""
+    ref, lora = resolve_base(str(random_base)), LoraSection(target_modules=("q_proj",), modules_to_save=(name,))
+    with pytest.raises(ConfigError) as caught:
+        require_lora_modules(ref, lora, load_in_4bit=False)
+    (fault,) = caught.value.faults
+    assert f"{name!r} holds other modules" in fault.what
+    assert f"name those inside it: [{inner}" in fault.fix
+    assert faults_of_a_plan(ref, lora, load_in_4bit=False) == (fault,)
+    require_lora_modules(ref, LoraSection(modules_to_save=("up_proj",)), load_in_4bit=False)
 
 
 @pytest.mark.parametrize(

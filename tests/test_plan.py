@@ -15,6 +15,7 @@ import yaml
 from qlora_kit import estimate_memory
 from qlora_kit.cli import main
 from qlora_kit.config import load_config
+from qlora_kit.errors import ConfigError
 from qlora_kit.memory.cards import GIB, find_card
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,13 @@ def test_the_embedding_on_the_host_is_offered_and_its_line_counts(plan: Callable
     assert again["breakdown"]["head"] == content["breakdown"]["embedding and head"] // 2
     trained = plan("--gpu", "6GiB", "lora.modules_to_save=[embed_tokens]")
     assert not any("embedding_on_host" in suggestion["train"] for suggestion in trained["suggestions"])
+
+
+def test_modules_that_the_base_lacks_are_refused(base: Path) -> None:
+    """From its config.json, which is all that the plan reads."""
+    with pytest.raises(ConfigError, match="the name 'q_prj' matches no matrix") as caught:
+        estimate_memory(load_config(CONFIG, [f"model.base={base}", "lora.target_modules=[q_prj]"]), find_card("24GiB"))
+    assert caught.value.faults[0].fix == "did you mean [q_proj]?"
 
 
 def test_the_fused_path_is_counted_on_a_gpu_where_it_is_sure_to_be_used(plan: Callable[..., dict[str, Any]]) -> None:

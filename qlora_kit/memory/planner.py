@@ -10,6 +10,7 @@ from typing import Any
 from qlora_kit.architecture import read_architecture
 from qlora_kit.base_files import read_model_config, resolve_description
 from qlora_kit.config import RunConfig
+from qlora_kit.lora_modules import require_planned_modules
 from qlora_kit.memory.cards import CARDS, Card
 from qlora_kit.memory.estimate import Estimate, estimate
 from qlora_kit.memory.files import file_bytes, merge_memory_bytes
@@ -149,12 +150,14 @@ def estimate_memory(config: RunConfig, card: Card, *, device: Device = "cuda") -
 
     Raises:
         BaseModelError: The base is not found, or is of a family whose tensors are not known.
-        ConfigError: ``train.checkpointed_layers`` is more than it has.
+        ConfigError: ``train.checkpointed_layers`` is more than it has, or ``lora`` names modules that it lacks.
     """
     ref = resolve_description(config.model.base, config.model.revision)
     base_config = read_model_config(ref)
     architecture = read_architecture(base_config, where=str(ref.path / "config.json"))
     require_no_more_layers(config.train.checkpointed_layers, architecture.layers, base=ref.id)
+    all_in_4bit = config.quantization.load_in_4bit and "quantization_config" not in base_config
+    require_planned_modules(ref.id, architecture, config.lora, load_in_4bit=all_in_4bit)
     return make_plan(workload_of(config, architecture, base_config=base_config, device=device, bf16=card.bf16), card)
 
 

@@ -9,14 +9,14 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 from qlora_kit.adapters.lora_settings import LoraSettings
-from qlora_kit.architecture import Architecture
+from qlora_kit.architecture import EMBEDDING, HEAD, Architecture
 from qlora_kit.config import LoraSection, RunConfig
 from qlora_kit.errors import ConfigError
 from qlora_kit.launched import process_count
 
 Device = Literal["cuda", "cpu"]
 DEFAULT_EVAL_BATCH = 8  # transformers' TrainingArguments.per_device_eval_batch_size
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_EMBEDDING = f"model.{EMBEDDING}"
 _UNCOUNTED = {  # field of SFTConfig -> the value that changes nothing; any other changes memory in ways not counted
     "use_liger_kernel": False,
     "activation_offloading": False,
@@ -235,7 +235,7 @@ def workload_of(
         embedding_is_movable=not (architecture.tied or trains_embedding(config.lora) or train.shard_base),
         fast=_is_fast(config, load_in_4bit=load_in_4bit, device=device),
         full_logits=more.get("label_smoothing_factor", 0.0) > 0,
-        trains_head=_saves(f"{_HEAD}.weight", config.lora),
+        trains_head=_settings(config.lora).saves_tensor(f"{HEAD}.weight"),
         uncounted=tuple(
             f"train.{name}" for name, usual in _UNCOUNTED.items() if more.get(name, usual) not in (usual, None)
         ),
@@ -270,7 +270,7 @@ def trains_embedding(lora: LoraSection) -> bool:
     """Whether the section names the input embedding: as a target, to be saved whole, or by rows of tokens."""
     settings = _settings(lora)
     targeted = lora.target_modules != "all-linear" and settings.targets(_EMBEDDING)
-    return targeted or settings.saves_module(_EMBEDDING) or isinstance(lora.trainable_token_indices, tuple)
+    return targeted or settings.saves_tensor(f"{_EMBEDDING}.weight") or isinstance(lora.trainable_token_indices, tuple)
 
 
 def _settings(lora: LoraSection) -> LoraSettings:
@@ -297,10 +297,6 @@ def _settings(lora: LoraSection) -> LoraSettings:
 def _trained_whole(architecture: Architecture, lora: LoraSection) -> int:
     """Parameters of the modules that ``lora.modules_to_save`` names; a tied head is copied, too."""
     shapes = {tensor: plan.shape for tensor, plan in architecture.tensors().items()}
-    shapes[f"{_HEAD}.weight"] = (architecture.vocab_size, architecture.hidden_size)
-    return sum(prod(shape) for tensor, shape in shapes.items() if _saves(tensor, lora))
-
-
-def _saves(tensor: str, lora: LoraSection) -> bool:
-    """Whether ``tensor`` lies in one of ``lora.modules_to_save``."""
-    return any(f".{name}." in f".{tensor}" for name in lora.modules_to_save)
+    shapes[f"{HEAD}.weight"] = (architecture.vocab_size, architecture.hidden_size)
+    settings = _settings(lora)
+    return sum(prod(shape) for tensor, shape in shapes.items() if settings.saves_tensor(tensor))
