@@ -13,6 +13,7 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator
 
+from qlora_kit.architecture import HEAD
 from qlora_kit.config.train_section import Problem, as_names, wrong_value
 from qlora_kit.errors import Fault
 
@@ -23,7 +24,6 @@ VLLM_HEAD_FAMILIES = ("llama", "qwen3")
 """``model_type`` of the bases whose ``lm_head`` vLLM adapts."""
 GGUF_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 """``model_type`` of the bases that are written as GGUF."""
-HEAD = "lm_head"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from pathlib import Path
 from qlora_kit.adapters import AdapterFiles, check_adapter_folder, check_name
 from qlora_kit.adapters.card import own_files
 from qlora_kit.adapters.trained_base import TrainedBase, read_trained_base
+from qlora_kit.architecture import HEAD
 from qlora_kit.base_files import HUB_ID, BaseRef, read_model_config
-from qlora_kit.config.serving_targets import HEAD, LIMITS, VLLM, adapter_faults, base_problems
+from qlora_kit.config.serving_targets import LIMITS, VLLM, adapter_faults, base_problems
 from qlora_kit.errors import AdapterError, Fault
 from qlora_kit.export.drift import Drift, measure_drift, plan_adapter
 from qlora_kit.export.job import ExportJob

@@ -6,10 +6,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from qlora_kit.adapters import AdapterFiles
+from qlora_kit.architecture import HEAD
 from qlora_kit.checkpoint import TensorSpec
 from qlora_kit.errors import AdapterError
-
-_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -34,13 +33,13 @@ def locate_trained_rows(
         AdapterError: The rows are the head's, and the head is the embedding.
     """
     rows = {f"{module}.weight": TrainedRows(ids, module) for module, ids in files.token_rows.items()}
-    if _HEAD not in tied:
+    if HEAD not in tied:
         return rows
-    if _HEAD in files.token_rows:
+    if HEAD in files.token_rows:
         raise AdapterError(
-            f"{files.weights}: brings rows of {_HEAD}, which shares its weight with the embedding of this base",
+            f"{files.weights}: brings rows of {HEAD}, which shares its weight with the embedding of this base",
             expected="rows of the embedding",
             fix="keep it as an adapter, or train one with rows of embed_tokens",
         )
-    copy = f"{_HEAD}.weight"
+    copy = f"{HEAD}.weight"
     return rows if copy not in specs or not rows else {**rows, copy: next(iter(rows.values()))}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qlora_kit.adapters.module_pattern import module_matcher, names_module
+from qlora_kit.architecture import HEAD
 from qlora_kit.base_files import BaseRef, read_model_config
 from qlora_kit.config import RunConfig
-from qlora_kit.config.serving_targets import HEAD, base_problems, serving_problems
+from qlora_kit.config.serving_targets import base_problems, serving_problems
 from qlora_kit.errors import ConfigError, Fault
 
 
